@@ -1,0 +1,60 @@
+#include "isa.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/stableivalue_conversions.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+namespace fastformer {
+namespace {
+
+// What this machine runs, best last. __builtin_cpu_supports asks CPUID and, for the wide registers, XCR0.
+std::vector<const Kernels*> supported() {
+  std::vector<const Kernels*> levels = {&baseline::kernels};
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (avx2) levels.push_back(&avx2::kernels);
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    levels.push_back(&avx512::kernels);
+#endif
+  return levels;
+}
+
+std::string names() {
+  std::string list;
+  for (const Kernels* level : supported()) list += (list.empty() ? "" : ",") + std::string(level->isa);
+  return list;
+}
+
+const Kernels* find(const std::string& name) {
+  for (const Kernels* level : supported())
+    if (name == level->isa) return level;
+  STD_TORCH_CHECK(false, "FASTFORMER_ISA: this machine can run ", names(), "; got '", name, "'");
+}
+
+std::atomic<const Kernels*>& current() {
+  static std::atomic<const Kernels*> level = [] {
+    const char* wanted = std::getenv("FASTFORMER_ISA");
+    return wanted && *wanted ? find(wanted) : supported().back();
+  }();
+  return level;
+}
+
+std::string isa() { return kernels().isa; }
+void set_isa(std::string name) { current() = find(name); }
+
+}  // namespace
+
+const Kernels& kernels() { return *current().load(std::memory_order_relaxed); }
+
+}  // namespace fastformer
+
+STABLE_TORCH_LIBRARY_IMPL(fastformer_cpu, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&fastformer::isa));
+  m.impl("isas", TORCH_BOX(&fastformer::names));
+  m.impl("set_isa", TORCH_BOX(&fastformer::set_isa));
+}

@@ -1,0 +1,124 @@
+// What the host side calls: one table of functions per instruction set. A kernel is serial and works on the part of the
+// output that it is given; the host decides which thread does which part.
+#pragma once
+
+#include <stdint.h>
+
+namespace fastformer {
+
+enum class DType { f32, f64, bf16, f16 };
+enum class Activation { none, gelu, gelu_tanh, relu, silu };
+
+// Dropout by Philox: an element is kept where its 32 random bits are >= threshold, and scaled by 1 / (1 - p).
+struct Dropout {
+  uint64_t seed = 0;
+  uint32_t threshold = 0;
+  double scale = 1;
+};
+
+// layer_norm, and add_layer_norm where residual is given: s = dropout(input) + residual, output = layer_norm(s).
+// Pointers to the compute type are float, double where dtype is f64. Row strides in elements; columns are adjacent.
+struct LayerNormArgs {
+  DType dtype, residual_dtype;  // residual, sum and output have residual_dtype (dtype where there is no residual)
+  int64_t columns;
+  double eps;
+  Dropout dropout;
+  const void *input, *residual;
+  int64_t input_stride, residual_stride;
+  const void *weight, *bias;  // compute type, or null
+  void *output, *sum;         // contiguous; sum is null for layer_norm
+  void *mean, *rstd;          // compute type, one per row
+};
+
+// The gradients of LayerNormArgs; input here is what was normalized (s).
+struct LayerNormBackwardArgs {
+  DType dtype, grad_input_dtype;
+  int64_t columns;
+  Dropout dropout;
+  const void *grad_output, *grad_sum, *input;  // grad_sum: the gradient that reaches s directly, or null
+  int64_t grad_output_stride, grad_sum_stride, input_stride;
+  const void *weight, *mean, *rstd;
+  void *grad_input, *grad_residual;  // contiguous; grad_residual is null for layer_norm
+};
+
+// output = dropout(activate(a b + bias)) + residual, and for gradients
+// output = dropout(a b) * activation_gradient(pre_activation).
+// Strides in elements. b is packed (see pack): panels of kernels().panel_columns(dtype) columns.
+struct GemmArgs {
+  DType dtype;  // of a, output, residual and pre_activation
+  int64_t rows, columns, depth;
+  const void* a;  // (rows, depth)
+  int64_t a_row_stride, a_depth_stride;
+  bool a_is_compute_type = false;  // float whatever dtype is: an intermediate result
+  const void* b;     // packed, compute type
+  const void* bias;  // compute type, or null
+  Activation activation = Activation::none;
+  Dropout dropout;
+  const void* residual = nullptr;
+  int64_t residual_stride = 0;
+  void* pre_activation = nullptr;  // (rows, columns), contiguous: a b + bias; written, or read where `gradient`
+  bool gradient = false;
+  void* output;
+  int64_t output_stride;
+  bool output_is_compute_type = false;
+};
+
+// The panels of b (columns, depth): panel p holds columns [p W, (p + 1) W), depth by depth, zero padded.
+struct PackArgs {
+  DType dtype;
+  int64_t columns, depth;
+  const void* b;
+  int64_t b_column_stride, b_depth_stride;
+  void* packed;
+};
+
+// pre_activation -> activation, or (gradient) grad * dropout mask * activation gradient; contiguous (rows, columns).
+struct ActivationArgs {
+  DType dtype;
+  int64_t columns;
+  Activation activation;
+  Dropout dropout;
+  const void* grad;            // null for the forward
+  int64_t grad_stride;
+  const void* pre_activation;  // null where there is no activation
+  void* output;
+};
+
+// sums[c] = sum over the rows of input[row, c], compute type.
+struct ColumnSumsArgs {
+  DType dtype;
+  int64_t rows;
+  const void* input;
+  int64_t stride;
+  void* sums;
+};
+
+using LayerNormKernel = void(const LayerNormArgs&, int64_t row_begin, int64_t row_end);
+// Adds the rows' share to grad_weight and grad_bias (compute type, `columns` elements each).
+using LayerNormBackwardKernel = void(const LayerNormBackwardArgs&, int64_t row_begin, int64_t row_end,
+                                     void* grad_weight, void* grad_bias);
+using PackKernel = void(const PackArgs&, int64_t panel_begin, int64_t panel_end);
+// scratch: gemm_scratch_bytes(args) bytes, aligned to 64.
+using GemmKernel = void(const GemmArgs&, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end,
+                        void* scratch);
+using GemmScratchKernel = int64_t(const GemmArgs&);
+using ActivationKernel = void(const ActivationArgs&, int64_t row_begin, int64_t row_end);
+using ColumnSumsKernel = void(const ColumnSumsArgs&, int64_t column_begin, int64_t column_end);
+
+struct Kernels {
+  const char* isa;
+  int panel_bytes;  // one row of a panel: panel_bytes / sizeof(compute type) columns
+  LayerNormKernel* layer_norm;
+  LayerNormBackwardKernel* layer_norm_backward;
+  PackKernel* pack;
+  GemmKernel* gemm;
+  GemmScratchKernel* gemm_scratch_bytes;
+  ActivationKernel* activation;
+  ColumnSumsKernel* column_sums;
+};
+
+namespace baseline { extern const Kernels kernels; }
+namespace avx2 { extern const Kernels kernels; }
+namespace avx512 { extern const Kernels kernels; }
+
+}  // namespace fastformer

@@ -1,0 +1,32 @@
+// Loops over a row: whole vectors, then the rest.
+#pragma once
+
+#include "kernels.h"
+#include "vec.h"
+
+namespace fastformer::FASTFORMER_ISA {
+
+// f(column, lanes) for every vector of a row; lanes < kLanes<S> only in the last.
+template <class S, class F> FF_INLINE void for_columns(int64_t columns, F f) {
+  int64_t c = 0;
+  for (; c + kLanes<S> <= columns; c += kLanes<S>) f(c, kLanes<S>);
+  if (c < columns) f(c, int(columns - c));
+}
+template <class T> FF_INLINE Vec<compute_t<T>> load_lanes(const T* p, int lanes) {
+  return lanes == kLanes<compute_t<T>> ? load(p) : load_n(p, lanes);
+}
+template <class T> FF_INLINE void store_lanes(T* p, Vec<compute_t<T>> x, int lanes) {
+  lanes == kLanes<compute_t<T>> ? store(p, x) : store_n(p, x, lanes);
+}
+
+// f.operator()<T>() for the storage type.
+template <class F> FF_INLINE void dispatch(DType dtype, F f) {
+  switch (dtype) {
+    case DType::f32: return f.template operator()<float>();
+    case DType::f64: return f.template operator()<double>();
+    case DType::bf16: return f.template operator()<bf16>();
+    case DType::f16: return f.template operator()<f16>();
+  }
+}
+
+}  // namespace fastformer::FASTFORMER_ISA

@@ -1,0 +1,40 @@
+// The register tile that every matrix product is made of.
+#pragma once
+
+#include "vec.h"
+
+namespace fastformer::FASTFORMER_ISA {
+
+// A tile has kTileRows x (kTileVecs vectors) accumulators: 24 of 32 registers with AVX-512, 12 of 16 elsewhere.
+constexpr int kTileRows = 6;
+constexpr int kTileVecs = kVecBytes == 64 ? 4 : 2;
+template <class S> constexpr int kTileColumns = kTileVecs * kLanes<S>;
+
+// c = a b, or c += a b, for a tile of ROWS x (VECS vectors): a (ROWS, depth) with rows `lda` apart, b (depth, columns)
+// with rows `ldb` apart, c with rows `ldc` apart.
+template <class S, int ROWS, int VECS, bool ACCUMULATE>
+FF_INLINE void tile_product(int64_t depth, const S* a, int64_t lda, const S* b,
+                                                               int64_t ldb, S* c, int64_t ldc) {
+  Vec<S> acc[ROWS][VECS];
+#pragma GCC unroll 8
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < VECS; ++j) acc[i][j] = ACCUMULATE ? load(c + i * ldc + j * kLanes<S>) : zero<S>();
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec<S> bk[VECS];
+#pragma GCC unroll 4
+    for (int j = 0; j < VECS; ++j) bk[j] = load(b + k * ldb + j * kLanes<S>);
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; ++i) {
+      const Vec<S> aik = splat<S>(a[i * lda + k]);
+#pragma GCC unroll 4
+      for (int j = 0; j < VECS; ++j) acc[i][j] += aik * bk[j];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < VECS; ++j) store(c + i * ldc + j * kLanes<S>, acc[i][j]);
+}
+
+}  // namespace fastformer::FASTFORMER_ISA

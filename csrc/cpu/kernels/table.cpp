@@ -1,0 +1,24 @@
+// The table of this instruction set.
+#include "microkernel.h"
+#include "kernels.h"
+
+namespace fastformer::FASTFORMER_ISA {
+
+#define FF_NAME_(isa) #isa
+#define FF_NAME(isa) FF_NAME_(isa)
+
+LayerNormKernel layer_norm;
+LayerNormBackwardKernel layer_norm_backward;
+PackKernel pack;
+GemmKernel gemm;
+GemmScratchKernel gemm_scratch_bytes;
+ActivationKernel activation;
+ColumnSumsKernel column_sums;
+
+extern const Kernels kernels;
+const Kernels kernels = {
+    FF_NAME(FASTFORMER_ISA), kTileVecs * kVecBytes, layer_norm, layer_norm_backward, pack, gemm, gemm_scratch_bytes,
+    activation, column_sums,
+};
+
+}  // namespace fastformer::FASTFORMER_ISA

@@ -1,0 +1,183 @@
+"""The implementations of each op, what each takes, and the choice between them.
+
+Every backend has its own raw ops, ``torch.ops.fastformer_<backend>.<op>``; "torch" is plain PyTorch. A declaration below says
+what a raw op takes; the choice, the error texts, ``fastformer info`` and the tests' parameters come from these.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastformer import library
+
+OPS = ("scaled_dot_product_attention", "varlen_attn", "layer_norm", "add_layer_norm", "linear", "feed_forward")
+BACKENDS = ("cpu", "triton", "cuda", "torch")
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """A raw op and the calls that it takes."""
+
+    op: str
+    backend: str
+    device: str  # device type, or "any"
+    dtypes: tuple[torch.dtype, ...]
+    notes: str = ""  # for people: masks, head sizes, limits
+    mask_gradient: bool = False  # does it give the gradient of a float attn_mask?
+
+    def reasons(self, tensors: tuple[Tensor | None, ...], mask: Tensor | None) -> list[str]:
+        """Why it can't take this call; empty if it can."""
+        reasons = []
+        unavailable = why_unavailable(self.backend)
+        if unavailable:
+            reasons.append(unavailable)
+        for tensor in tensors:
+            if tensor is None:
+                continue
+            if self.device not in ("any", tensor.device.type):
+                reasons.append(f"takes {self.device} tensors, got one on {tensor.device}")
+            if tensor.dtype not in self.dtypes:
+                reasons.append(f"takes {', '.join(_short(d) for d in self.dtypes)}, got {_short(tensor.dtype)}")
+            if type(tensor) not in _PLAIN and not _is_traced(tensor):
+                reasons.append(f"takes plain tensors, got {type(tensor).__name__}")
+        if mask is not None and mask.requires_grad and torch.is_grad_enabled() and not self.mask_gradient:
+            reasons.append("gives no gradient for attn_mask")
+        return list(dict.fromkeys(reasons))
+
+
+_PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+def _is_traced(tensor: Tensor) -> bool:
+    return isinstance(tensor, (torch._subclasses.FakeTensor, torch._subclasses.functional_tensor.FunctionalTensor))
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+_CPU_NOTES = {
+    "scaled_dot_product_attention": "any head size, bool and float masks, causal, window, grouped-query, dropout",
+    "varlen_attn": "any head size, window, grouped-query, dropout",
+    "layer_norm": "any width",
+    "add_layer_norm": "any width, 16-bit input with a float32 residual, dropout",
+    "linear": "gelu, gelu_tanh, relu, silu, dropout, residual",
+    "feed_forward": "gelu, gelu_tanh, relu, silu, dropout, residual",
+}
+
+_IMPLEMENTATIONS = [
+    *(Implementation(op, "cpu", "cpu", (*_FLOATS, torch.float64), _CPU_NOTES[op]) for op in OPS),
+    *(Implementation(op, "torch", "any", (*_FLOATS, torch.float64), "plain PyTorch", mask_gradient=True) for op in OPS),
+]
+_BY_OP = {op: {i.backend: i for i in _IMPLEMENTATIONS if i.op == op} for op in OPS}
+
+
+def implementations() -> list[Implementation]:
+    return list(_IMPLEMENTATIONS)
+
+
+def why_unavailable(backend: str) -> str | None:
+    """Why no op of this backend can run here, or None."""
+    if backend == "torch":
+        return None
+    if backend == "cpu":
+        return library.why_unavailable()
+    return f"this version has no {backend} kernels"
+
+
+class _Request(threading.local):
+    backend: str | None = None
+    strict: bool = False
+
+
+_request = _Request()
+
+
+@contextlib.contextmanager
+def backend(name: str, strict: bool = False) -> Iterator[None]:
+    """Asks for one backend inside the block, in this thread: "cpu", "triton", "cuda" or "torch".
+
+    A call that it can't take runs on the "torch" backend, which is said once; with ``strict=True`` it raises
+    NotImplementedError with every backend's reasons. The environment variable FASTFORMER_BACKEND asks for the whole process.
+
+    Raises ValueError for an unknown name.
+    """
+    _check_name(name, "backend")
+    previous = _request.backend, _request.strict
+    _request.backend, _request.strict = name, strict
+    try:
+        yield
+    finally:
+        _request.backend, _request.strict = previous
+
+
+def _check_name(name: str, where: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"{where}: got {name!r}, expected one of {', '.join(BACKENDS)}")
+
+
+@torch._dynamo.assume_constant_result
+def _requested() -> tuple[str | None, bool]:
+    if _request.backend is not None:
+        return _request.backend, _request.strict
+    name = os.environ.get("FASTFORMER_BACKEND")
+    if name:
+        _check_name(name, "FASTFORMER_BACKEND")
+    return name or None, False
+
+
+# Where nothing is asked for: by the device of the tensors, best first.
+_DEFAULT = {"cpu": ("cpu",), "cuda": ()}
+
+
+def choose(op: str, *tensors: Tensor | None, mask: Tensor | None = None) -> str:
+    """The backend for a call of `op` on these floating tensors; `mask` is a float attn_mask.
+
+    Raises NotImplementedError where a backend was asked for strictly and can't take the call.
+    """
+    name, strict = _requested()
+    if name == "torch":
+        return "torch"
+    candidates = (name,) if name else _DEFAULT.get(tensors[0].device.type, ())
+    for candidate in candidates:
+        implementation = _BY_OP[op].get(candidate)
+        if implementation and not implementation.reasons(tensors, mask):
+            return candidate
+    if strict or candidates:
+        _explain(op, name, strict, tensors, mask)
+    return "torch"
+
+
+def _explain(op: str, name: str | None, strict: bool, tensors: tuple[Tensor | None, ...], mask: Tensor | None) -> None:
+    reasons = []
+    for candidate in BACKENDS:
+        if candidate == "torch":
+            continue
+        implementation = _BY_OP[op].get(candidate)
+        why = implementation.reasons(tensors, mask) if implementation else [why_unavailable(candidate)]
+        if why:
+            reasons.append(f"  {candidate}: {'; '.join(why)}")
+    text = "\n".join(reasons)
+    if strict:
+        raise NotImplementedError(f"fastformer.ops.{op}: backend {name!r} was asked for and can't take this call\n{text}")
+    _warn_once(f"fastformer.ops.{op} runs on plain PyTorch here, because no fused backend takes this call:\n{text}")
+
+
+_said: set[str] = set()
+
+
+@torch._dynamo.assume_constant_result
+def _warn_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        warnings.warn(message, stacklevel=4)

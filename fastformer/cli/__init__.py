@@ -1,0 +1,15 @@
+"""The command line: `fastformer compare` and `fastformer info`."""
+
+import typer
+
+from fastformer.cli import compare, info
+from fastformer.cli.errors import OneLineErrors
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    help="Fused transformer kernels: what they gain on this machine, and what this machine has.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(compare.compare)
+app.command()(info.info)

@@ -1,0 +1,311 @@
+"""`fastformer compare`: eager and fused side by side, their errors, times and memory."""
+
+import contextlib
+import copy
+import gc
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import nn
+
+import fastformer
+from fastformer import backends
+from fastformer.cli import machine
+from fastformer.cli.errors import UserError
+from fastformer.cli.measure import (
+    Accuracy,
+    FirstCall,
+    Forward,
+    Timing,
+    accuracy,
+    first_call,
+    peak_memory,
+    time_interleaved,
+)
+from fastformer.cli.workloads import Inputs, Workload, default_workloads, text_workload
+
+LEGEND = """\
+error    largest |output - float64|; float64 is eager PyTorch on the same weights and inputs in that type
+ok       the fused error is at most twice the eager one, plus one unit in the last place of the largest output
+latency  median of one forward, and the interquartile range in percent of it; eager and fused take turns
+tokens/s real tokens, without padding
+memory   most that one forward adds to the process while it runs, once warm
+kept     what the first forward leaves in the process, such as packed weights
+first    time of that first forward, packing included"""
+
+NOISY = 0.25  # spread from which the medians mean little
+
+Announce = Callable[[str], None]
+
+
+class DType(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@dataclass(frozen=True)
+class Contender:
+    error: float
+    timing: Timing
+    memory: int | None  # bytes, peak of one warm forward
+    first: FirstCall
+
+
+@dataclass(frozen=True)
+class Row:
+    workload: str
+    inputs: str
+    tokens: int
+    accuracy: Accuracy
+    contenders: dict[str, Contender]  # "eager" and "fused"
+    report: str  # what was swapped and what was left
+
+    @property
+    def ratio(self) -> float:
+        return self.contenders["eager"].timing.median / self.contenders["fused"].timing.median
+
+    def tokens_per_s(self, name: str) -> float:
+        return self.tokens / self.contenders[name].timing.median
+
+
+def compare(
+    model: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Checkpoint folder of transformers (default: MiniLM-L6 and others)."),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Text file, one input a line (default: sentences of our own).")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write every figure and every sample to this file.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (default: as many as torch takes).")] = None,
+    dtype: Annotated[DType, typer.Option(help="Type of weights and activations.")] = DType.float32,
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", envvar="FASTFORMER_BACKEND", help="Backend of the fused model (default: the best)."
+        ),
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="Time for the timing of each row.")] = 8.0,
+) -> None:
+    """Run models in eager PyTorch and on fused kernels, side by side; exit with 1 if their outputs do not agree."""
+    check_backend(backend)
+    check_writable(json_file)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    workloads = [text_workload(model, text)] if model or text else default_workloads()
+    settings = {"threads": torch.get_num_threads(), "dtype": dtype.value, "backend": backend, "seconds": seconds}
+
+    rows: list[Row] = []
+    with progress() as announce, fastformer.backend(backend) if backend else contextlib.nullcontext():
+        for workload in workloads:
+            rows += measure(workload, getattr(torch, dtype.value), seconds, announce)
+
+    if json_file is not None:
+        json_file.write_text(json.dumps(as_json(rows, settings), indent=1) + "\n", encoding="utf-8")
+    show(rows, settings)
+    if not agree(rows):
+        raise typer.Exit(1)
+
+
+def check_backend(name: str | None) -> None:
+    if name is None:
+        return
+    if name not in backends.BACKENDS:
+        raise UserError(f"--backend: got {name!r}, expected one of {', '.join(backends.BACKENDS)}")
+    if reason := backends.why_unavailable(name):
+        raise UserError(f"--backend {name}: {reason}")
+
+
+def check_writable(path: Path | None) -> None:
+    """Before the work rather than after it."""
+    if path is None:
+        return
+    target = path if path.exists() else path.parent
+    if path.is_dir() or not target.exists() or not os.access(target, os.W_OK):
+        raise UserError(f"--json {path}: cannot write there")
+
+
+def measure(workload: Workload, dtype: torch.dtype, seconds: float, announce: Announce) -> Iterator[Row]:
+    """One row for each of the workload's inputs."""
+    announce(f"{workload.name}: loading")
+    model = workload.load().to(dtype)
+    accelerated(model, workload.name)  # an architecture that is not supported is told before anything runs
+    all_inputs = workload.inputs(model)
+
+    announce(f"{workload.name}: reference in float64")
+    model64 = copy.deepcopy(model).double()
+    with torch.inference_mode():
+        references = [inputs.forward(model64) for inputs in all_inputs]
+    del model64
+
+    for inputs, ref64 in zip(all_inputs, references, strict=True):
+        announce(f"{workload.name}: {inputs.name}")
+        fused, report = accelerated(model, workload.name)  # a new copy, so that its first call is a cold one
+        forwards = {"eager": partial(inputs.forward, model), "fused": partial(inputs.forward, fused)}
+        with torch.inference_mode():
+            row = measure_row(workload, inputs, ref64, forwards, seconds, report)
+        yield row
+
+
+def accelerated(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """An accelerated copy of the model, and the report on it."""
+    try:
+        fused = fastformer.accelerate(copy.deepcopy(model))
+    except (NotImplementedError, TypeError, ValueError) as error:
+        raise UserError(f"{name}: {error}") from None
+    return fused, str(fastformer.report(fused))
+
+
+def measure_row(
+    workload: Workload,
+    inputs: Inputs,
+    ref64: torch.Tensor,
+    forwards: dict[str, Forward],
+    seconds: float,
+    report: str,
+) -> Row:
+    gc.collect()  # no measurement pays for what an earlier row left
+    first = {name: first_call(forward) for name, forward in forwards.items()}
+    outputs = {name: forward() for name, forward in forwards.items()}
+    judged = accuracy(outputs["fused"], outputs["eager"], ref64)
+    memory = {name: peak_memory(forward) for name, forward in forwards.items()}
+    timings = time_interleaved(forwards, seconds)
+    errors = {"eager": judged.eager, "fused": judged.fused}
+    contenders = {name: Contender(errors[name], timings[name], memory[name], first[name]) for name in forwards}
+    return Row(workload.name, inputs.name, inputs.tokens, judged, contenders, report)
+
+
+def agree(rows: list[Row]) -> bool:
+    return all(row.accuracy.agree for row in rows)
+
+
+def show(rows: list[Row], settings: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 120)
+    console.print(heading(settings), markup=False, soft_wrap=True)
+    console.print(table(rows))
+    console.print(LEGEND, style="dim")
+    console.print()
+    if any(contender.timing.spread > NOISY for row in rows for contender in row.contenders.values()):
+        console.print("latencies vary a lot: is something else running on this machine?", style="yellow")
+    if agree(rows):
+        console.print("outputs agree", style="bold green")
+    else:
+        wrong = "; ".join(f"{row.workload}, {row.inputs}" for row in rows if not row.accuracy.agree)
+        console.print(f"outputs do not agree: {wrong}", style="bold red", markup=False, soft_wrap=True)
+
+
+def heading(settings: dict[str, Any]) -> str:
+    versions, cpu = machine.versions(), machine.cpu()
+    kernels = f"{cpu['kernels_isa']} kernels" if cpu["kernels_isa"] else f"no CPU kernels: {cpu['kernels_unavailable']}"
+    return (
+        f"fastformer {versions['fastformer']}, torch {versions['torch']}, transformers {versions['transformers']}\n"
+        f"{cpu['name']}, {settings['threads']} thread{'s' * (settings['threads'] > 1)}, {settings['dtype']}, "
+        f"backend {settings['backend'] or 'as chosen for each call'}, {kernels}"
+    )
+
+
+def table(rows: list[Row]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("workload")
+    table.add_column("")
+    for name in ("error", "ok", "latency", "spread", "tokens/s", "ratio", "memory", "kept", "first"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        for label, (name, contender) in zip((row.workload, row.inputs), row.contenders.items(), strict=True):
+            fused = name == "fused"
+            table.add_row(
+                escape(label),
+                name,
+                f"{contender.error:.1e}",
+                ("yes" if row.accuracy.agree else "[bold red]NO[/]") if fused else "",
+                duration(contender.timing.median),
+                f"{contender.timing.spread:.1%}",
+                f"{row.tokens_per_s(name):,.0f}",
+                f"[bold {'green' if row.ratio >= 1 else 'red'}]{row.ratio:.2f}x[/]" if fused else "",
+                megabytes(contender.memory),
+                megabytes(contender.first.kept),
+                duration(contender.first.seconds),
+                end_section=fused,
+            )
+    return table
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+def megabytes(count: int | None) -> str:
+    return "n/a" if count is None else f"{count / 1e6:.0f} MB"
+
+
+def as_json(rows: list[Row], settings: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "environment": machine.environment(),
+        "settings": settings,
+        "agree": agree(rows),
+        "rows": [
+            {
+                "workload": row.workload,
+                "inputs": row.inputs,
+                "tokens": row.tokens,
+                "agree": row.accuracy.agree,
+                "allowed_error": finite(row.accuracy.allowed),
+                "ratio": row.ratio,
+                "report": row.report,
+                "contenders": {
+                    name: {
+                        "error": finite(contender.error),
+                        "median_s": contender.timing.median,
+                        "spread": contender.timing.spread,
+                        "tokens_per_s": row.tokens_per_s(name),
+                        "peak_memory_bytes": contender.memory,
+                        "first_call_s": contender.first.seconds,
+                        "kept_bytes": contender.first.kept,
+                        "samples_s": contender.timing.samples,
+                    }
+                    for name, contender in row.contenders.items()
+                },
+            }
+            for row in rows
+        ],
+    }
+
+
+def finite(error: float) -> float | None:
+    """JSON knows neither NaN nor infinity."""
+    return error if math.isfinite(error) else None
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Announce]:
+    """Shows what is being done, on stderr: in one changing line on a terminal, in a line each elsewhere.
+
+    The display is refreshed between measurements only, so that it takes no time from them.
+    """
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        yield lambda step: console.print(step, markup=False, soft_wrap=True)
+        return
+    columns = (TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
+    with Progress(*columns, console=console, transient=True, auto_refresh=False) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda step: bar.update(task, description=step, refresh=True)

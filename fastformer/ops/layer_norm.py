@@ -1,0 +1,101 @@
+"""layer_norm: statistics in float32 (float64 for float64), one pass over memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastformer import backends, reference
+from fastformer.ops.common import check_floating, check_shape, compute_dtype, needs_grad, raw, register
+
+_SCHEMA = "(Tensor input, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)"
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Layer normalization over the last dimensions: ``(input - mean) / sqrt(variance + eps) * weight + bias``.
+
+    As ``torch.nn.functional.layer_norm`` (Ba et al., "Layer Normalization", 2016).
+
+    Args:
+        input: (..., *normalized_shape); float32, bfloat16, float16 or float64; any strides.
+        normalized_shape: the last dimensions of input, or the size of the last one.
+        weight, bias: normalized_shape; any floating dtype.
+        eps: added to the variance.
+
+    Returns:
+        A tensor of input's shape and dtype.
+
+    Raises:
+        TypeError: an operand is not floating.
+        ValueError: normalized_shape is not the end of input's shape, or weight or bias have another shape.
+    """
+    shape = check_normalized(input, normalized_shape, weight, bias)
+    backend = backends.choose("layer_norm", input, weight, bias)
+    if backend == "torch":
+        return reference.layer_norm(input, shape, weight, bias, eps)
+    rows, w, b = as_rows(shape, input, weight, bias)
+    if needs_grad(input, weight, bias):
+        output = torch.ops.fastformer.layer_norm(rows, w, b, eps, backend)[0]
+    else:
+        output = raw(backend).layer_norm(rows, w, b, eps)[0]
+    return output if rows is input else output.view(input.shape)
+
+
+def check_normalized(input, normalized_shape, weight, bias) -> tuple[int, ...]:
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    check_floating(input=input)
+    check_floating(weight=weight)
+    check_floating(bias=bias)
+    if not shape or tuple(input.shape[-len(shape) :]) != shape:
+        raise ValueError(f"normalized_shape: expected the end of input's shape {tuple(input.shape)}, got {shape}")
+    check_shape("weight", weight, shape, "normalized_shape")
+    check_shape("bias", bias, shape, "normalized_shape")
+    return shape
+
+
+def as_rows(shape: tuple[int, ...], *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The normalized dimensions as one."""
+    if len(shape) == 1:
+        return tensors
+    return tuple(None if x is None else x.flatten(-len(shape)) for x in tensors)
+
+
+def _fake(input, weight, bias, eps):
+    statistics = input.new_empty(input.shape[:-1].numel(), dtype=compute_dtype(input.dtype))
+    return torch.empty_like(input, memory_format=torch.contiguous_format), statistics, torch.empty_like(statistics)
+
+
+def _fake_backward(grad_output, input, weight, mean, rstd):
+    like = input if weight is None else weight
+    dtype = compute_dtype(input.dtype) if weight is None else weight.dtype
+    grad_weight = like.new_empty(input.shape[-1], dtype=dtype)
+    grad_input = torch.empty_like(input, memory_format=torch.contiguous_format)
+    return grad_input, grad_weight, torch.empty_like(grad_weight)
+
+
+def _setup_context(ctx, inputs, output):
+    input, weight, bias, _, ctx.backend = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(input, weight, *output[1:])
+
+
+def _backward(ctx, grad_output, grad_mean, grad_rstd):
+    input, weight, mean, rstd = ctx.saved_tensors
+    grad_input, grad_weight, grad_bias = raw(ctx.backend).layer_norm_backward(grad_output, input, weight, mean, rstd)
+    return (
+        grad_input,
+        None if weight is None else grad_weight,
+        None if ctx.bias_dtype is None else grad_bias.to(ctx.bias_dtype),
+        None,
+    )
+
+
+register("layer_norm", _SCHEMA, _fake, _setup_context, _backward, _fake_backward)

@@ -1,0 +1,262 @@
+"""Each op in a few lines of plain PyTorch: the specification that every kernel, fake and test answers to.
+
+Any device, any floating dtype (16-bit types are computed in float32), differentiable by autograd. The signatures are those
+of :mod:`fastformer.ops`. Shapes: B batch, H heads, S sequence (Sq queries, Sk keys), D head size, M rows, N columns.
+
+Dropout
+-------
+Nothing is stored: whether an element is kept is a function of a 64-bit seed and of where the element is. The bits come from
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) with key (seed mod 2^32, seed div 2^32).
+A counter (c0, c1, c2, c3) gives four words of 32 bits, for four columns 16 apart; 64 neighbouring columns take 16 counters:
+
+    c0 = column div 64 * 16 + column mod 16,  word = column div 16 mod 4
+    attention: column = key,                         (c1, c2, c3) = (query, query head, sequence of the batch)
+    rows:      column = index in the last dimension, (c1, c2, c3) = (row mod 2^32, row div 2^32, 0)
+
+Query and key are positions inside their sequence, rows count over all leading dimensions. An element is kept where its word
+is >= min(round(p 2^32), 2^32 - 1), and scaled by 1 / (1 - p), or 0 for p = 1. Each public function draws one seed per dropout
+with torch's generator of the input's device, the hidden one first. ``philox4x32`` gives the published vectors:
+
+    >>> [hex(int(w)) for w in philox4x32(0, 0, 0, 0, 0)]
+    ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
+    >>> seed = 0x299f31d0a4093822  # the key (a4093822, 299f31d0)
+    >>> [hex(int(w)) for w in philox4x32(seed, 0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)]
+    ['0xd16cfe09', '0x94fdcceb', '0x5001e420', '0x24126ea1']
+    >>> row_dropout_mask(torch.tensor(7), 0.5, 2, 70)[:, [0, 1, 16, 63, 64, 69]].int().tolist()
+    [[1, 0, 1, 0, 1, 0], [0, 0, 0, 1, 0, 0]]
+    >>> attention_dropout_mask(torch.tensor(7), 0.5, 1, 2, 2, 3).int().tolist()
+    [[[[1, 0, 0], [0, 0, 1]], [[0, 1, 0], [0, 0, 1]]]]
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_MASK32 = 0xFFFFFFFF
+
+ACTIVATIONS = {
+    None: lambda x: x,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+def philox4x32(seed: Tensor | int, c0, c1, c2, c3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four words of 32 random bits (in int64) for each counter; the counters broadcast."""
+    x0, x1, x2, x3 = (torch.as_tensor(c, dtype=torch.int64) for c in (c0, c1, c2, c3))
+    seed = torch.as_tensor(seed, dtype=torch.int64)
+    k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
+    for _ in range(10):
+        product0, product1 = x0 * 0xD2511F53, x2 * 0xCD9E8D57
+        x0, x2 = ((product1 >> 32) & _MASK32) ^ x1 ^ k0, ((product0 >> 32) & _MASK32) ^ x3 ^ k1
+        x1, x3 = product1 & _MASK32, product0 & _MASK32
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK32, (k1 + 0xBB67AE85) & _MASK32
+    return x0, x1, x2, x3
+
+
+def dropout_threshold(p: float) -> int:
+    """Bits below it drop the element."""
+    return min(round(p * 2**32), _MASK32)
+
+
+def _kept(seed: Tensor, p: float, columns: int, c1, c2, c3) -> Tensor:
+    """(..., columns) bool; c1, c2, c3 have a last dimension of 1."""
+    blocks = -(-columns // 64)
+    counters = torch.arange(blocks * 16, device=seed.device)
+    words = torch.stack(torch.broadcast_tensors(*philox4x32(seed, counters, c1, c2, c3)), dim=-1)
+    words = words.unflatten(-2, (blocks, 16)).transpose(-1, -2).flatten(-3)  # (..., block, word, 16) -> (..., column)
+    return words[..., :columns] >= dropout_threshold(p)
+
+
+def row_dropout_mask(seed: Tensor, p: float, rows: int, columns: int) -> Tensor:
+    """(rows, columns) bool, True = kept."""
+    row = torch.arange(rows, device=seed.device)[:, None]
+    return _kept(seed, p, columns, row & _MASK32, row >> 32, 0)
+
+
+def attention_dropout_mask(
+    seed: Tensor, p: float, batch: int, heads: int, queries: int, keys: int, *, first_sequence: int = 0
+) -> Tensor:
+    """(batch, heads, queries, keys) bool, True = kept; the batch's sequences count from `first_sequence`."""
+    sequence, head, query = (torch.arange(n, device=seed.device) for n in (batch, heads, queries))
+    sequence = sequence + first_sequence
+    return _kept(seed, p, keys, query[:, None], head[:, None, None], sequence[:, None, None, None])
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """One int64 from torch's generator of the device: manual_seed, checkpointing and CUDA graphs reach it."""
+    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
+
+
+def _drop(x: Tensor, kept: Tensor, p: float) -> Tensor:
+    return torch.where(kept, x * (1 / (1 - p) if p < 1 else 0.0), 0.0)
+
+
+def _dropout(x: Tensor, p: float) -> Tensor:
+    """Dropout over the rows of the last dimension."""
+    if p == 0:
+        return x
+    kept = row_dropout_mask(draw_seed(x.device), p, x.numel() // max(x.shape[-1], 1), x.shape[-1])
+    return _drop(x, kept.view(x.shape), p)
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def attention_keeps(
+    queries: int, keys: int, is_causal: bool, window_size: tuple[int, int], device: torch.device
+) -> Tensor | None:
+    """(Sq, Sk) bool of what causality (aligned to the top left) and the window (to the bottom right) keep."""
+    left, right = window_size
+    if not is_causal and left < 0 and right < 0:
+        return None
+    query, key = torch.arange(queries, device=device)[:, None], torch.arange(keys, device=device)
+    kept = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    if is_causal:
+        kept &= key <= query
+    diagonal = query + (keys - queries)
+    if left >= 0:
+        kept &= key >= diagonal - left
+    if right >= 0:
+        kept &= key <= diagonal + right
+    return kept
+
+
+def _attention(query, key, value, attn_mask, dropout_p, is_causal, scale, window_size, seed, first_sequence=0) -> Tensor:
+    """(B, H, S, D), as many key as query heads."""
+    q, k, v = _widen(query), _widen(key), _widen(value)
+    scores = q @ k.transpose(-2, -1) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    kept = attention_keeps(q.shape[-2], k.shape[-2], is_causal, window_size, q.device)
+    if kept is not None:
+        scores = scores.masked_fill(~kept, -math.inf)
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+    masked = (scores == -math.inf).all(-1, keepdim=True)  # rows without a key give 0
+    probabilities = scores.masked_fill(masked, 0).softmax(-1).masked_fill(masked, 0)
+    if dropout_p > 0:
+        batch, heads, queries, keys = probabilities.shape
+        mask = attention_dropout_mask(seed, dropout_p, batch, heads, queries, keys, first_sequence=first_sequence)
+        probabilities = _drop(probabilities, mask, dropout_p)
+    return (probabilities @ v).to(query.dtype)
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    window_size: tuple[int, int] = (-1, -1),
+) -> Tensor:
+    """softmax(scale Q K^T + mask) V; see :func:`fastformer.ops.scaled_dot_product_attention`."""
+    leading = query.shape[:-3]
+    if enable_gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+    q, k, v = (x.reshape(-1, *x.shape[-3:]) if x.dim() > 3 else x.reshape(1, -1, *x.shape[-2:]) for x in (query, key, value))
+    if attn_mask is not None and query.dim() > 4:
+        attn_mask = attn_mask.expand(*leading, query.shape[-3], query.shape[-2], key.shape[-2]).flatten(0, -4)
+    seed = draw_seed(query.device) if dropout_p > 0 else None
+    output = _attention(q, k, v, attn_mask, dropout_p, is_causal, scale, window_size, seed)
+    return output.reshape(*query.shape[:-1], value.shape[-1])
+
+
+def varlen_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Attention within each of the sequences that are laid end to end; see :func:`fastformer.ops.varlen_attn`."""
+    if enable_gqa:
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    seed = draw_seed(query.device) if dropout_p > 0 else None
+    bounds_q, bounds_k = cu_seq_q.tolist(), cu_seq_k.tolist()
+    outputs = []
+    for i in range(len(bounds_q) - 1):
+        q = query[bounds_q[i] : bounds_q[i + 1]].transpose(0, 1)[None]  # (1, H, S, D)
+        k, v = (x[bounds_k[i] : bounds_k[i + 1]].transpose(0, 1)[None] for x in (key, value))
+        output = _attention(q, k, v, None, dropout_p, False, scale, window_size, seed, first_sequence=i)
+        outputs.append(output[0].transpose(0, 1))
+    return torch.cat(outputs) if outputs else query.new_empty(0, query.shape[1], value.shape[-1])
+
+
+def layer_norm(
+    input: Tensor, normalized_shape, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """(input - mean) / sqrt(variance + eps) * weight + bias; see :func:`fastformer.ops.layer_norm`."""
+    widened = (None if x is None else x.to(_widen(input).dtype) for x in (weight, bias))
+    return F.layer_norm(_widen(input), normalized_shape, *widened, eps).to(input.dtype)
+
+
+def add_layer_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """s = dropout(input) + residual; returns (layer_norm(s), s)."""
+    rows = input.flatten(-len(normalized_shape)) if not isinstance(normalized_shape, int) else input
+    s = _dropout(_widen(rows), dropout_p).view(input.shape) + _widen(residual)
+    s = s.to(torch.promote_types(input.dtype, residual.dtype))
+    return layer_norm(s, (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape, weight, bias, eps), s
+
+
+def linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    dropout_p: float = 0.0,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """dropout(activation(input @ weight.T + bias)) + residual"""
+    output = F.linear(*(None if x is None else _widen(x) for x in (input, weight, bias)))
+    output = _dropout(ACTIVATIONS[activation](output), dropout_p)
+    if residual is None:
+        return output.to(input.dtype)
+    return (output + _widen(residual)).to(torch.promote_types(input.dtype, residual.dtype))
+
+
+def feed_forward(
+    input: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    *,
+    activation: str | None = "gelu",
+    hidden_dropout_p: float = 0.0,
+    dropout_p: float = 0.0,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """dropout(W2 hidden_dropout(activation(W1 input))) + residual"""
+    widened = [None if x is None else _widen(x) for x in (input, weight1, bias1, weight2, bias2)]
+    hidden = linear(*widened[:3], activation=activation, dropout_p=hidden_dropout_p)
+    output = linear(hidden, *widened[3:], dropout_p=dropout_p, residual=None if residual is None else _widen(residual))
+    return output.to(input.dtype if residual is None else torch.promote_types(input.dtype, residual.dtype))
