@@ -180,4 +180,4 @@ _said: set[str] = set()
 def _warn_once(message: str) -> None:
     if message not in _said:
         _said.add(message)
-        warnings.warn(message, stacklevel=4)
+        warnings.warn(message, stacklevel=5)  # the line that calls fastformer.ops.*

@@ -137,7 +137,7 @@ def _attention(query, key, value, attn_mask, dropout_p, is_causal, scale, window
     if kept is not None:
         scores = scores.masked_fill(~kept, -math.inf)
     if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+        scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask.to(scores.dtype)
     masked = (scores == -math.inf).all(-1, keepdim=True)  # rows without a key give 0
     probabilities = scores.masked_fill(masked, 0).softmax(-1).masked_fill(masked, 0)
     if dropout_p > 0:
@@ -164,7 +164,7 @@ def scaled_dot_product_attention(
     if enable_gqa:
         groups = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
-    q, k, v = (x.reshape(-1, *x.shape[-3:]) if x.dim() > 3 else x.reshape(1, -1, *x.shape[-2:]) for x in (query, key, value))
+    q, k, v = (x.flatten(0, -4) if x.dim() > 3 else x.reshape(1, math.prod(x.shape[:-2]), *x.shape[-2:]) for x in (query, key, value))
     if attn_mask is not None and query.dim() > 4:
         attn_mask = attn_mask.expand(*leading, query.shape[-3], query.shape[-2], key.shape[-2]).flatten(0, -4)
     seed = draw_seed(query.device) if dropout_p > 0 else None

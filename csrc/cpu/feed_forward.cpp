@@ -6,7 +6,7 @@
 namespace fastformer {
 namespace {
 
-constexpr int64_t kMaxRows = 96, kMinRows = 48;  // of a block: 96 x 3072 hidden floats = 1.1 MiB of a 2 MiB L2
+constexpr int64_t kMaxRows = 192, kMinRows = 96;  // of a block: one pass over the weights
 
 // Blocks of rows, as many for each thread; 0 where there are too few rows for that and both threads share each product.
 int64_t row_blocks(int64_t rows) {

@@ -41,7 +41,8 @@ from fastformer.cli.workloads import Inputs, Workload, default_workloads, text_w
 LEGEND = """\
 error    largest |output - float64|; float64 is eager PyTorch on the same weights and inputs in that type
 ok       the fused error is at most twice the eager one, plus one unit in the last place of the largest output
-latency  median of one forward, and the interquartile range in percent of it; eager and fused take turns
+latency  median time of one forward; eager and fused take turns
+spread   interquartile range of the latencies, in percent of the median
 tokens/s real tokens, without padding
 memory   most that one forward adds to the process while it runs, once warm
 kept     what the first forward leaves in the process, such as packed weights

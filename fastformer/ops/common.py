@@ -34,12 +34,16 @@ def register(
     _differentiable.impl(name, lambda *args: getattr(raw(args[-1]), name)(*args[:-1]), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastformer::{name}", lambda *args: fake(*args[:-1]), lib=_differentiable)
 
+    def keep(ctx, inputs, output):
+        ctx.set_materialize_grads(False)  # no zeros for what is saved for the backward only
+        setup_context(ctx, inputs, output)
+
     def once(ctx, *grads):
-        if torch.is_grad_enabled() and any(g is not None and g.requires_grad for g in grads):
-            raise NotImplementedError(f"fastformer.ops.{name} can be differentiated once, not twice")
+        if torch.is_grad_enabled():  # create_graph=True: the raw ops would cut the graph without a word
+            raise NotImplementedError(f"fastformer.ops.{name} can be differentiated once, not twice (create_graph=True)")
         return (*backward(ctx, *grads), None)
 
-    torch.library.register_autograd(f"fastformer::{name}", once, setup_context=setup_context, lib=_differentiable)
+    torch.library.register_autograd(f"fastformer::{name}", once, setup_context=keep, lib=_differentiable)
     if library.available():
         torch.library.register_fake(f"fastformer_cpu::{name}", fake, lib=_cpu)
         torch.library.register_fake(f"fastformer_cpu::{name}_backward", fake_backward, lib=_cpu)
@@ -60,11 +64,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The operands of a matrix product in the autocast dtype, where autocast is on."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    first = tensors[0]
+    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x.to(dtype) if x is not None and x.dtype in _AUTOCAST else x for x in tensors)
+    dtype = torch.get_autocast_dtype(first.device.type)
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in _AUTOCAST else x for x in tensors)
 
 
 _AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)

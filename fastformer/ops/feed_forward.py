@@ -18,7 +18,7 @@ from fastformer.ops.common import (
     register,
     seed_for,
 )
-from fastformer.ops.linear import check_matrix
+from fastformer.ops.linear import check_matrix, in_features
 
 _SCHEMA = (
     "(Tensor input, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, str? activation,"
@@ -63,7 +63,7 @@ def feed_forward(
     input, weight1, bias1, weight2, bias2 = autocast(input, weight1, bias1, weight2, bias2)
     check_floating(input=input, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2)
     check_floating(residual=residual)
-    check_matrix("weight1", weight1, input.shape[-1], "input's last dimension")
+    check_matrix("weight1", weight1, in_features(input), "input's last dimension")
     check_matrix("weight2", weight2, weight1.shape[0], "weight1's first dimension")
     check_shape("bias1", bias1, weight1.shape[:1], "weight1's first dimension")
     check_shape("bias2", bias2, weight2.shape[:1], "weight2's first dimension")

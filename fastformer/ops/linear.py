@@ -57,7 +57,7 @@ def linear(
     input, weight, bias = autocast(input, weight, bias)
     check_floating(input=input, weight=weight, bias=bias)
     check_floating(residual=residual)
-    check_matrix("weight", weight, input.shape[-1], "input's last dimension")
+    check_matrix("weight", weight, in_features(input), "input's last dimension")
     check_shape("bias", bias, weight.shape[:1], "weight's first dimension")
     check_activation(activation)
     check_probability(dropout_p=dropout_p)
@@ -74,6 +74,12 @@ def linear(
     else:
         output = raw(backend).linear(input, weight, bias, activation, dropout_p, seed, fused, False)[0]
     return output if fused is residual else output + residual
+
+
+def in_features(input: Tensor) -> int:
+    if input.dim() == 0:
+        raise ValueError("input: expected (..., in_features), got a tensor without dimensions")
+    return input.shape[-1]
 
 
 def check_matrix(name: str, weight: Tensor, in_features: int, why: str) -> None:

@@ -73,10 +73,11 @@ def scaled_dot_product_attention(
         )
         return output[0]
     if isinstance(attn_mask, CausalBias):
+        _check_causal_bias(attn_mask, query, key)
         if attn_mask.variant == CausalVariant.UPPER_LEFT:
             is_causal = True
         else:
-            window_size = (window_size[0], 0 if window_size[1] < 0 else min(window_size[1], 0))
+            window_size = (window_size[0], 0)
         attn_mask = None
     _check_mask(attn_mask, query, key)
     float_mask = attn_mask if attn_mask is not None and attn_mask.dtype != torch.bool else None
@@ -123,6 +124,12 @@ def check_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, hea
         raise ValueError(f"key: expected a number of heads that divides query's; {shapes}")
 
 
+def _check_causal_bias(bias: CausalBias, query: Tensor, key: Tensor) -> None:
+    shape, expected = (bias.seq_len_q, bias.seq_len_kv), (query.shape[-2], key.shape[-2])
+    if shape != expected:
+        raise ValueError(f"attn_mask: expected a causal bias of (Sq, Sk) = {expected}, got {shape}")
+
+
 def _check_mask(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> None:
     if attn_mask is None:
         return
@@ -137,14 +144,17 @@ def _check_mask(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> None:
 
 
 def _four_dims(x: Tensor) -> Tensor:
-    return x if x.dim() == 4 else x.reshape(-1, *x.shape[-3:]) if x.dim() > 4 else x[None]
+    return x.flatten(0, -4) if x.dim() >= 4 else x[None]
 
 
 def _expand_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """(B, H, Sq, Sk), stride 0 where it broadcasts; bool or the compute dtype."""
     if attn_mask.dtype != torch.bool:
         attn_mask = attn_mask.detach().to(compute_dtype(query.dtype))
-    return _four_dims(attn_mask.expand(*query.shape[:-1], key.shape[-2]))
+    leading, heads = query.shape[:-3], query.shape[-3:-1]
+    attn_mask = attn_mask[(None,) * (query.dim() - attn_mask.dim())]
+    attn_mask = _four_dims(attn_mask.expand(*leading, -1, -1, -1))  # may copy, but what is still to broadcast
+    return attn_mask.expand(-1, *heads, key.shape[-2])
 
 
 def _fake(query, key, value, attn_mask, dropout_p, seed, is_causal, scale, window_left, window_right):

@@ -1,5 +1,6 @@
-// Matrix products with packed weights and fused epilogues. The weights stream from memory once per block of rows; a block
-// of kDepthBlock x panel stays in L1 while every row tile uses it, the rows themselves stay in L2.
+// Matrix products with packed weights and fused epilogues. The weights stream from memory once per block of rows: while every
+// row tile uses one kDepth x panel block of them from L1, the next one comes into L2. The rows of `a` (a slice of kSlice
+// depths of them) and the sums stay in L2.
 
 #include "lanes.h"
 #include "microkernel.h"
@@ -8,21 +9,19 @@
 
 namespace fastformer::FASTFORMER_ISA {
 
-constexpr int64_t kDepthBlock = 128;           // 128 x 64 floats = 32 KiB
-constexpr int64_t kRowBlockBytes = 1 << 20;    // rows of `a` that share a pass over the weights: half of L2
+constexpr int64_t kDepth = 128;    // 128 x 64 floats = 32 KiB of L1
+constexpr int64_t kSlice = 1024;   // 192 x 1024 floats = 768 KiB of L2, and as much for the sums
+constexpr int64_t kRows = 192;
+constexpr int64_t kColumns = 1024;
 template <class S> constexpr int64_t kPanel = kTileColumns<S>;
 
-static int64_t row_block(const GemmArgs& a) {
-  const int64_t bytes = a.depth * (a.dtype == DType::f64 ? 8 : 4);
-  return max<int64_t>(kTileRows, min<int64_t>(192, kRowBlockBytes / max<int64_t>(bytes, 1)) / kTileRows * kTileRows);
-}
 static bool needs_conversion(const GemmArgs& a) {
   const bool compute = a.a_is_compute_type || a.dtype == DType::f32 || a.dtype == DType::f64;
   return !compute || (a.a_depth_stride != 1 && a.depth != 1);
 }
 int64_t gemm_scratch_bytes(const GemmArgs& a) {
-  const int64_t block = row_block(a), size = a.dtype == DType::f64 ? 8 : 4;
-  return block * kTileVecs * kVecBytes + (needs_conversion(a) ? block * a.depth * size : 0);
+  const int64_t size = a.dtype == DType::f64 ? 8 : 4, sums = a.depth <= kSlice ? kTileVecs * kVecBytes : kColumns * size;
+  return kRows * (sums + (needs_conversion(a) ? a.depth * size : 0));
 }
 
 template <class T> static void pack_panels(const PackArgs& a, int64_t panel_begin, int64_t panel_end) {
@@ -60,17 +59,52 @@ void pack(const PackArgs& a, int64_t panel_begin, int64_t panel_end) {
 }
 
 template <class S, bool ACCUMULATE>
-static void row_tile(int rows, int64_t depth, const S* a, int64_t lda, const S* b, S* c) {
+static void row_tile(int rows, int64_t depth, const S* a, int64_t lda, const S* b, S* c, const char* next,
+                     int64_t step) {
   constexpr int kV = kTileVecs;
   constexpr int64_t kW = kPanel<S>;
   switch (rows) {
-    case 1: return tile_product<S, 1, kV, ACCUMULATE>(depth, a, lda, b, kW, c, kW);
-    case 2: return tile_product<S, 2, kV, ACCUMULATE>(depth, a, lda, b, kW, c, kW);
-    case 3: return tile_product<S, 3, kV, ACCUMULATE>(depth, a, lda, b, kW, c, kW);
-    case 4: return tile_product<S, 4, kV, ACCUMULATE>(depth, a, lda, b, kW, c, kW);
-    case 5: return tile_product<S, 5, kV, ACCUMULATE>(depth, a, lda, b, kW, c, kW);
-    default: return tile_product<S, 6, kV, ACCUMULATE>(depth, a, lda, b, kW, c, kW);
+    case 1: return tile_product<S, 1, kV, ACCUMULATE, true>(depth, a, lda, b, kW, c, kW, next, step);
+    case 2: return tile_product<S, 2, kV, ACCUMULATE, true>(depth, a, lda, b, kW, c, kW, next, step);
+    case 3: return tile_product<S, 3, kV, ACCUMULATE, true>(depth, a, lda, b, kW, c, kW, next, step);
+    case 4: return tile_product<S, 4, kV, ACCUMULATE, true>(depth, a, lda, b, kW, c, kW, next, step);
+    case 5: return tile_product<S, 5, kV, ACCUMULATE, true>(depth, a, lda, b, kW, c, kW, next, step);
+    default: return tile_product<S, 6, kV, ACCUMULATE, true>(depth, a, lda, b, kW, c, kW, next, step);
   }
+}
+
+// acc (rows, panel) = or += a b for one panel and depths [k0, k1).
+template <class S>
+static void panel_product(int64_t rows, int64_t k0, int64_t k1, const S* a, int64_t lda, const S* b, S* acc) {
+  constexpr int64_t kW = kPanel<S>;
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  for (int64_t k = k0; k == k0 || k < k1; k += kDepth) {
+    const int64_t depth = min(kDepth, k1 - k);
+    const int64_t share = depth * kW * int64_t(sizeof(S)) / tiles / 64 * 64;  // of the next block for each tile
+    const char* next = (const char*)(b + (k + depth) * kW);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t i = rows * t / tiles, end = rows * (t + 1) / tiles;
+      (k ? row_tile<S, true> : row_tile<S, false>)(int(end - i), depth, a + i * lda + k, lda, b + k * kW, acc + i * kW,
+                                                   next + t * share, depth ? share / depth : 0);
+    }
+  }
+}
+
+// Rows of g.a in the compute type, contiguous.
+template <class A>
+static void convert_rows(const GemmArgs& g, int64_t rows, const A* source, compute_t<A>* converted) {
+  using S = compute_t<A>;
+  if (g.a_depth_stride == 1) {
+    for (int64_t i = 0; i < rows; ++i)
+      for_columns<S>(g.depth, [&](int64_t k, int lanes) {
+        store_lanes(converted + i * g.depth + k, load_lanes(source + i * g.a_row_stride + k, lanes), lanes);
+      });
+    return;
+  }
+  for (int64_t k0 = 0; k0 < g.depth; k0 += 16)  // transposed through 16 depths, one cache line of a row
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t k = k0; k < min(k0 + 16, g.depth); ++k)
+        converted[i * g.depth + k] = to_compute(source[i * g.a_row_stride + k * g.a_depth_stride]);
 }
 
 // One row of a panel: acc (compute type) to the output.
@@ -116,47 +150,33 @@ static void product(const GemmArgs& g, int64_t row_begin, int64_t row_end, int64
                     void* scratch) {
   using S = compute_t<T>;
   constexpr int64_t kW = kPanel<S>;
-  const int64_t block = row_block(g);
-  S* acc = (S*)scratch;             // (block, kW)
-  S* converted = acc + block * kW;  // (block, depth)
-  for (int64_t m0 = row_begin; m0 < row_end; m0 += block) {
-    const int64_t rows = min(block, row_end - m0);
+  const int64_t slices = max<int64_t>(1, (g.depth + kSlice - 1) / kSlice);
+  const int64_t group = slices == 1 ? 1 : kColumns / kW;  // panels whose sums wait for the next slice
+  S* sums = (S*)scratch;                                  // (group, kRows, kW)
+  S* converted = sums + group * kRows * kW;               // (kRows, depth)
+  const int64_t blocks = (row_end - row_begin + kRows - 1) / kRows;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t m0 = row_begin + (row_end - row_begin) * block / blocks;
+    const int64_t rows = row_begin + (row_end - row_begin) * (block + 1) / blocks - m0;
     const S* a = nullptr;
     int64_t lda = g.a_row_stride;
     const A* source = (const A*)g.a + m0 * g.a_row_stride;
     if constexpr (__is_same(A, S)) a = source;
     if (needs_conversion(g)) {
-      if (g.a_depth_stride == 1) {
-        for (int64_t i = 0; i < rows; ++i)
-          for_columns<S>(g.depth, [&](int64_t k, int lanes) {
-            store_lanes(converted + i * g.depth + k, load_lanes(source + i * g.a_row_stride + k, lanes), lanes);
-          });
-      } else {
-        for (int64_t k0 = 0; k0 < g.depth; k0 += 16)  // transposed through 16 depths, one cache line of a row
-          for (int64_t i = 0; i < rows; ++i)
-            for (int64_t k = k0; k < min(k0 + 16, g.depth); ++k)
-              converted[i * g.depth + k] = to_compute(source[i * g.a_row_stride + k * g.a_depth_stride]);
-      }
+      convert_rows<A>(g, rows, source, converted);
       a = converted;
       lda = g.depth;
     }
-    const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-    for (int64_t p = panel_begin; p < panel_end; ++p) {
-      const S* b = (const S*)g.b + p * g.depth * kW;
-      for (int64_t k0 = 0; k0 == 0 || k0 < g.depth; k0 += kDepthBlock) {
-        const int64_t depth = min(kDepthBlock, g.depth - k0);
-        const char* next = (const char*)(b + (k0 + depth) * kW);
-        const int64_t share = depth * kW * int64_t(sizeof(S)) / tiles;  // of the next block, prefetched by each tile
-        for (int64_t t = 0; t < tiles; ++t) {
-          const int64_t i0 = rows * t / tiles, i1 = rows * (t + 1) / tiles;
-          for (int64_t byte = 0; byte < share; byte += 64) __builtin_prefetch(next + t * share + byte, 0, 2);
-          (k0 ? row_tile<S, true> : row_tile<S, false>)(int(i1 - i0), depth, a + i0 * lda + k0, lda, b + k0 * kW,
-                                                        acc + i0 * kW);
+    for (int64_t p0 = panel_begin; p0 < panel_end; p0 += group)
+      for (int64_t slice = 0; slice < slices; ++slice)
+        for (int64_t p = p0; p < min(p0 + group, panel_end); ++p) {
+          S* acc = sums + (p - p0) * rows * kW;
+          panel_product<S>(rows, g.depth * slice / slices, g.depth * (slice + 1) / slices, a, lda,
+                           (const S*)g.b + p * g.depth * kW, acc);
+          if (slice + 1 < slices) continue;
+          const int width = int(min<int64_t>(kW, g.columns - p * kW));
+          for (int64_t i = 0; i < rows; ++i) epilogue<T>(g, m0 + i, p * kW, width, acc + i * kW);
         }
-      }
-      const int width = int(min<int64_t>(kW, g.columns - p * kW));
-      for (int64_t i = 0; i < rows; ++i) epilogue<T>(g, m0 + i, p * kW, width, acc + i * kW);
-    }
   }
 }
 
