@@ -5,8 +5,8 @@
     fastformer.restore(model)
 """
 
-from fastformer import ops, reference
+from fastformer import nn, ops, reference
 from fastformer.backends import backend
 from fastformer.version import __version__
 
-__all__ = ["__version__", "backend", "ops", "reference"]
+__all__ = ["__version__", "backend", "nn", "ops", "reference"]

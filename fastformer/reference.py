@@ -136,8 +136,10 @@ def _attention(query, key, value, attn_mask, dropout_p, is_causal, scale, window
     kept = attention_keeps(q.shape[-2], k.shape[-2], is_causal, window_size, q.device)
     if kept is not None:
         scores = scores.masked_fill(~kept, -math.inf)
-    if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask.to(scores.dtype)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, -math.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask.to(scores.dtype)
     masked = (scores == -math.inf).all(-1, keepdim=True)  # rows without a key give 0
     probabilities = scores.masked_fill(masked, 0).softmax(-1).masked_fill(masked, 0)
     if dropout_p > 0:
@@ -164,7 +166,7 @@ def scaled_dot_product_attention(
     if enable_gqa:
         groups = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
-    q, k, v = (x.flatten(0, -4) if x.dim() > 3 else x.reshape(1, math.prod(x.shape[:-2]), *x.shape[-2:]) for x in (query, key, value))
+    q, k, v = (x.flatten(0, -4) if x.dim() > 4 else x[(None,) * (4 - x.dim())] for x in (query, key, value))
     if attn_mask is not None and query.dim() > 4:
         attn_mask = attn_mask.expand(*leading, query.shape[-3], query.shape[-2], key.shape[-2]).flatten(0, -4)
     seed = draw_seed(query.device) if dropout_p > 0 else None

@@ -15,9 +15,10 @@ from fastformer.reference import ACTIVATIONS
 class FeedForward(nn.Module):
     """``dropout(linear2(dropout(activation(linear1(input))))) + residual``.
 
-    The position-wise feed-forward network of Vaswani et al., "Attention Is All You Need", 2017. The state_dict is that of
-    the feed-forward half of torch.nn.TransformerEncoderLayer: linear1.*, linear2.*. Where one of them does more than
-    :class:`Linear` (hooks, an adapter such as LoRA), both are called as modules, without the fused op; this is said once.
+    The position-wise feed-forward network of Vaswani et al., "Attention Is All You Need", 2017. The state_dict is that
+    of the feed-forward half of torch.nn.TransformerEncoderLayer: linear1.*, linear2.*. Where one of them does more than
+    :class:`Linear` (hooks, an adapter such as LoRA), both are called as modules, without the fused op, and a warning
+    says so once.
 
     Args:
         d_model: size of the last dimension of input and output.

@@ -34,7 +34,7 @@ class LayerNorm(nn.LayerNorm):
             input's shape and dtype; with a residual two tensors in the wider of the two dtypes.
 
         Raises:
-            TypeError, ValueError: as :func:`ops.layer_norm`, :func:`ops.add_layer_norm`; a dropout_p without a residual.
+            TypeError, ValueError: as :func:`ops.layer_norm`, :func:`ops.add_layer_norm`; dropout_p without a residual.
         """
         if residual is not None:
             return ops.add_layer_norm(

@@ -40,7 +40,7 @@ def register(
 
     def once(ctx, *grads):
         if torch.is_grad_enabled():  # create_graph=True: the raw ops would cut the graph without a word
-            raise NotImplementedError(f"fastformer.ops.{name} can be differentiated once, not twice (create_graph=True)")
+            raise NotImplementedError(f"fastformer.ops.{name} can be differentiated once, without create_graph")
         return (*backward(ctx, *grads), None)
 
     torch.library.register_autograd(f"fastformer::{name}", once, setup_context=keep, lib=_differentiable)

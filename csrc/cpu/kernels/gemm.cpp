@@ -15,13 +15,16 @@ constexpr int64_t kRows = 192;
 constexpr int64_t kColumns = 1024;
 template <class S> constexpr int64_t kPanel = kTileColumns<S>;
 
-static bool needs_conversion(const GemmArgs& a) {
+// Rows are copied where they are not adjacent values of the compute type, or so far apart that they would share cache sets.
+static bool copies_rows(const GemmArgs& a) {
   const bool compute = a.a_is_compute_type || a.dtype == DType::f32 || a.dtype == DType::f64;
-  return !compute || (a.a_depth_stride != 1 && a.depth != 1);
+  return !compute || (a.a_depth_stride != 1 && a.depth != 1) || (a.a_row_stride % 1024 == 0 && a.rows > kTileRows);
 }
+static int64_t copied_stride(const GemmArgs& a) { return a.depth + 16; }
+
 int64_t gemm_scratch_bytes(const GemmArgs& a) {
   const int64_t size = a.dtype == DType::f64 ? 8 : 4, sums = a.depth <= kSlice ? kTileVecs * kVecBytes : kColumns * size;
-  return kRows * (sums + (needs_conversion(a) ? a.depth * size : 0));
+  return kRows * (sums + (copies_rows(a) ? copied_stride(a) * size : 0));
 }
 
 template <class T> static void pack_panels(const PackArgs& a, int64_t panel_begin, int64_t panel_end) {
@@ -73,38 +76,44 @@ static void row_tile(int rows, int64_t depth, const S* a, int64_t lda, const S* 
   }
 }
 
-// acc (rows, panel) = or += a b for one panel and depths [k0, k1).
-template <class S>
-static void panel_product(int64_t rows, int64_t k0, int64_t k1, const S* a, int64_t lda, const S* b, S* acc) {
+// acc (rows, panel) = or += a b for one panel and depths [k0, k1); before(begin, end) and after(begin, end) around each tile
+// of rows in its last step.
+template <class S, class Before, class After>
+FF_INLINE void panel_product(int64_t rows, int64_t k0, int64_t k1, const S* a, int64_t lda, const S* b, S* acc,
+                             Before before, After after) {
   constexpr int64_t kW = kPanel<S>;
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   for (int64_t k = k0; k == k0 || k < k1; k += kDepth) {
     const int64_t depth = min(kDepth, k1 - k);
     const int64_t share = depth * kW * int64_t(sizeof(S)) / tiles / 64 * 64;  // of the next block for each tile
     const char* next = (const char*)(b + (k + depth) * kW);
+    const bool last = k + kDepth >= k1;
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t i = rows * t / tiles, end = rows * (t + 1) / tiles;
+      if (last) before(i, end);
       (k ? row_tile<S, true> : row_tile<S, false>)(int(end - i), depth, a + i * lda + k, lda, b + k * kW, acc + i * kW,
                                                    next + t * share, depth ? share / depth : 0);
+      if (last) after(i, end);
     }
   }
 }
 
-// Rows of g.a in the compute type, contiguous.
+// Rows of g.a in the compute type, copied_stride apart.
 template <class A>
-static void convert_rows(const GemmArgs& g, int64_t rows, const A* source, compute_t<A>* converted) {
+static void copy_rows(const GemmArgs& g, int64_t rows, const A* source, compute_t<A>* copy) {
   using S = compute_t<A>;
+  const int64_t stride = copied_stride(g);
   if (g.a_depth_stride == 1) {
     for (int64_t i = 0; i < rows; ++i)
       for_columns<S>(g.depth, [&](int64_t k, int lanes) {
-        store_lanes(converted + i * g.depth + k, load_lanes(source + i * g.a_row_stride + k, lanes), lanes);
+        store_lanes(copy + i * stride + k, load_lanes(source + i * g.a_row_stride + k, lanes), lanes);
       });
     return;
   }
   for (int64_t k0 = 0; k0 < g.depth; k0 += 16)  // transposed through 16 depths, one cache line of a row
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t k = k0; k < min(k0 + 16, g.depth); ++k)
-        converted[i * g.depth + k] = to_compute(source[i * g.a_row_stride + k * g.a_depth_stride]);
+        copy[i * stride + k] = to_compute(source[i * g.a_row_stride + k * g.a_depth_stride]);
 }
 
 // One row of a panel: acc (compute type) to the output.
@@ -153,7 +162,7 @@ static void product(const GemmArgs& g, int64_t row_begin, int64_t row_end, int64
   const int64_t slices = max<int64_t>(1, (g.depth + kSlice - 1) / kSlice);
   const int64_t group = slices == 1 ? 1 : kColumns / kW;  // panels whose sums wait for the next slice
   S* sums = (S*)scratch;                                  // (group, kRows, kW)
-  S* converted = sums + group * kRows * kW;               // (kRows, depth)
+  S* copy = sums + group * kRows * kW;                    // (kRows, copied_stride)
   const int64_t blocks = (row_end - row_begin + kRows - 1) / kRows;
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t m0 = row_begin + (row_end - row_begin) * block / blocks;
@@ -162,20 +171,31 @@ static void product(const GemmArgs& g, int64_t row_begin, int64_t row_end, int64
     int64_t lda = g.a_row_stride;
     const A* source = (const A*)g.a + m0 * g.a_row_stride;
     if constexpr (__is_same(A, S)) a = source;
-    if (needs_conversion(g)) {
-      convert_rows<A>(g, rows, source, converted);
-      a = converted;
-      lda = g.depth;
+    if (copies_rows(g)) {
+      copy_rows<A>(g, rows, source, copy);
+      a = copy;
+      lda = copied_stride(g);
     }
     for (int64_t p0 = panel_begin; p0 < panel_end; p0 += group)
       for (int64_t slice = 0; slice < slices; ++slice)
         for (int64_t p = p0; p < min(p0 + group, panel_end); ++p) {
           S* acc = sums + (p - p0) * rows * kW;
-          panel_product<S>(rows, g.depth * slice / slices, g.depth * (slice + 1) / slices, a, lda,
-                           (const S*)g.b + p * g.depth * kW, acc);
-          if (slice + 1 < slices) continue;
+          const bool last = slice + 1 == slices;
           const int width = int(min<int64_t>(kW, g.columns - p * kW));
-          for (int64_t i = 0; i < rows; ++i) epilogue<T>(g, m0 + i, p * kW, width, acc + i * kW);
+          const int64_t size = g.output_is_compute_type ? sizeof(S) : sizeof(T);
+          panel_product<S>(
+              rows, g.depth * slice / slices, g.depth * (slice + 1) / slices, a, lda,
+              (const S*)g.b + p * g.depth * kW, acc,
+              [&](int64_t begin, int64_t end) {  // the lines that the epilogue will write come while the tile computes
+                if (last)
+                  for (int64_t i = m0 + begin; i < m0 + end; ++i)
+                    for (int64_t byte = 0; byte < width * size; byte += 64)
+                      __builtin_prefetch((char*)g.output + (i * g.output_stride + p * kW) * size + byte, 1, 3);
+              },
+              [&](int64_t begin, int64_t end) {
+                if (last)
+                  for (int64_t i = begin; i < end; ++i) epilogue<T>(g, m0 + i, p * kW, width, acc + i * kW);
+              });
         }
   }
 }

@@ -1,0 +1,37 @@
+"""What all tests share. This folder is on sys.path (pytest puts a conftest's there): ``from accuracy import ...`` works."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+from fastformer import library
+
+settings.register_profile("fastformer", deadline=None, derandomize=True, database=None, max_examples=40)
+settings.load_profile("fastformer")
+
+
+@pytest.fixture(autouse=True)
+def same_start() -> Iterator[None]:
+    """One thread and the same random numbers for each test, whatever ran before."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=library.isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test on every instruction set of this machine."""
+    before = library.isa()
+    torch.ops.fastformer_cpu.set_isa(request.param)
+    yield request.param
+    torch.ops.fastformer_cpu.set_isa(before)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> int:
+    torch.set_num_threads(request.param)
+    return request.param

@@ -1,0 +1,130 @@
+"""Each op as eager PyTorch composes it, in any dtype: what the fused ops are judged by. The dropout masks are theirs."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastformer import reference
+
+ACTIVATIONS = {
+    None: lambda x: x,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    if p == 0:
+        return x
+    seed = reference.draw_seed(x.device)
+    return apply_dropout(x, reference.row_dropout_mask(seed, p, x.shape[:-1].numel(), x.shape[-1]).view(x.shape), p)
+
+
+def apply_dropout(x: Tensor, kept: Tensor, p: float) -> Tensor:
+    return x * (kept.to(x.dtype) / (1 - p)) if p < 1 else x * 0
+
+
+def linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    output = dropout(ACTIVATIONS[activation](F.linear(input, weight, bias)), dropout_p)
+    return output if residual is None else output + residual
+
+
+def feed_forward(
+    input: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    residual: Tensor | None = None,
+    activation: str | None = "gelu",
+    hidden_dropout_p: float = 0.0,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    hidden = linear(input, weight1, bias1, activation=activation, dropout_p=hidden_dropout_p)
+    return linear(hidden, weight2, bias2, residual, dropout_p=dropout_p)
+
+
+def layer_norm(
+    input: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    normalized_shape: tuple[int, ...] | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    return F.layer_norm(input, normalized_shape or input.shape[-1:], weight, bias, eps)
+
+
+def add_layer_norm(
+    input: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    s = dropout(input, dropout_p) + residual
+    return layer_norm(s, weight, bias, eps=eps), s
+
+
+def visible(
+    queries: int, keys: int, is_causal: bool = False, window_size: tuple[int, int] = (-1, -1)
+) -> Tensor:
+    """(Sq, Sk) bool, element by element: causal from the top left, the window along the diagonal of the bottom right."""
+    left, right = window_size
+
+    def sees(query: int, key: int) -> bool:
+        offset = key - (query + keys - queries)
+        return (not is_causal or key <= query) and (left < 0 or offset >= -left) and (right < 0 or offset <= right)
+
+    rows = [[sees(query, key) for key in range(keys)] for query in range(queries)]
+    return torch.tensor(rows, dtype=torch.bool).view(queries, keys)
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+) -> Tensor:
+    """(B, H, S, D), as many key heads as query heads or a divisor; no row of the mask may be masked whole."""
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(query.dtype)
+    if dropout_p == 0:
+        return F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=True)
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    seed = reference.draw_seed(query.device)
+    kept = reference.attention_dropout_mask(seed, dropout_p, *scores.shape)
+    return apply_dropout(scores.softmax(-1), kept, dropout_p) @ value
+
+
+def varlen_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths_q: list[int],
+    lengths_k: list[int],
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+) -> Tensor:
+    """(T, H, D): one sequence after the other."""
+    outputs = []
+    for q, k, v in zip(query.split(lengths_q), key.split(lengths_k), value.split(lengths_k), strict=True):
+        mask = visible(len(q), len(k), window_size=window_size)
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        outputs.append(scaled_dot_product_attention(q, k, v, mask, scale=scale)[0].transpose(0, 1))
+    return torch.cat(outputs)

@@ -1,0 +1,40 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Recorder(TorchDispatchMode):
+    """Notes every operator that runs, with its arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[torch._ops.OpOverload, tuple]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls.append((func, args))
+        return func(*args, **kwargs or {})
+
+    def names(self) -> list[str]:
+        return [func.name() for func, _ in self.calls]
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    """Use it as a context manager."""
+    return Recorder()
+
+
+@pytest.fixture
+def raises_before_anything_runs(recorder: Recorder) -> Callable[[Callable, type[Exception], str], None]:
+    """Checks that a call raises this error and message, and that no operator ran, no random number was drawn before."""
+
+    def check(call: Callable, error: type[Exception], message: str) -> None:
+        state = torch.get_rng_state()
+        with recorder, pytest.raises(error, match=message):
+            call()
+        assert recorder.names() == []
+        assert torch.equal(torch.get_rng_state(), state)
+
+    return check

@@ -1,0 +1,37 @@
+"""Random tensors in every memory layout that a view can have."""
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (*FLOATS, torch.float64)
+LAYOUTS = ("transposed", "columns", "rows", "wider rows", "broadcast rows", "broadcast columns", "unaligned", "flipped")
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, layout: str = "contiguous") -> Tensor:
+    """Normal numbers of this shape (two dimensions or more, unless contiguous); what they are a view of is larger."""
+
+    def base(*sizes: int) -> Tensor:
+        return torch.randn(*sizes).to(dtype)
+
+    if layout == "contiguous":
+        return base(*shape)
+    *leading, rows, columns = shape
+    match layout:
+        case "transposed":
+            return base(*leading, columns, rows).mT
+        case "columns":  # every second
+            return base(*leading, rows, 2 * columns)[..., ::2]
+        case "rows":  # every second
+            return base(*leading, 2 * rows, columns)[..., ::2, :]
+        case "wider rows":
+            return base(*leading, rows, columns + 3)[..., 1 : columns + 1]
+        case "broadcast rows":
+            return base(*leading, 1, columns).expand(shape)
+        case "broadcast columns":
+            return base(*leading, rows, 1).expand(shape)
+        case "unaligned":
+            return base(torch.Size(shape).numel() + 1)[1:].view(shape)
+        case "flipped":  # dimensions in memory from the last to the first
+            return base(*reversed(shape)).permute(*reversed(range(len(shape))))
+    raise ValueError(layout)
