@@ -66,4 +66,5 @@ STABLE_TORCH_LIBRARY(fastformer_cpu, m) {
   m.def("isa() -> str");
   m.def("isas() -> str");
   m.def("set_isa(str isa) -> ()");
+  m.def("multiplies_bfloat16() -> bool");  // has the machine instructions for it?
 }

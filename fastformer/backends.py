@@ -140,13 +140,14 @@ def _requested() -> tuple[str | None, bool]:
 _DEFAULT = {"cpu": ("cpu",), "cuda": ()}
 
 
-def choose(op: str, *tensors: Tensor | None, mask: Tensor | None = None) -> str:
-    """The backend for a call of `op` on these floating tensors; `mask` is a float attn_mask.
+def choose(op: str, *tensors: Tensor | None, mask: Tensor | None = None, torch_is_faster: bool = False) -> str:
+    """The backend for a call of `op` on these floating tensors; `mask` is a float attn_mask. Where nothing is asked for,
+    `torch_is_faster` decides for plain PyTorch.
 
     Raises NotImplementedError where a backend was asked for strictly and can't take the call.
     """
     name, strict = _requested()
-    if name == "torch":
+    if name == "torch" or (name is None and torch_is_faster):
         return "torch"
     candidates = (name,) if name else _DEFAULT.get(tensors[0].device.type, ())
     for candidate in candidates:

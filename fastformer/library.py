@@ -48,6 +48,11 @@ def isa() -> str:
     return torch.ops.fastformer_cpu.isa()
 
 
+def multiplies_bfloat16() -> bool:
+    """Has this machine instructions for bfloat16 products (AVX512-BF16, AMX)? The kernels compute in float32."""
+    return available() and torch.ops.fastformer_cpu.multiplies_bfloat16()
+
+
 def _check_isa_choice() -> None:
     choice = os.environ.get("FASTFORMER_ISA")
     if not choice:

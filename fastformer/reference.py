@@ -1,6 +1,6 @@
 """Each op in a few lines of plain PyTorch: the specification that every kernel, fake and test answers to.
 
-Any device, any floating dtype (16-bit types are computed in float32), differentiable by autograd. The signatures are those
+Any device, any floating dtype (16-bit attention and layer-norm are computed in float32), differentiable by autograd. The signatures are those
 of :mod:`fastformer.ops`. Shapes: B batch, H heads, S sequence (Sq queries, Sk keys), D head size, M rows, N columns.
 
 Dropout
@@ -238,11 +238,8 @@ def linear(
     residual: Tensor | None = None,
 ) -> Tensor:
     """dropout(activation(input @ weight.T + bias)) + residual"""
-    output = F.linear(*(None if x is None else _widen(x) for x in (input, weight, bias)))
-    output = _dropout(ACTIVATIONS[activation](output), dropout_p)
-    if residual is None:
-        return output.to(input.dtype)
-    return (output + _widen(residual)).to(torch.promote_types(input.dtype, residual.dtype))
+    output = _dropout(ACTIVATIONS[activation](F.linear(input, weight, bias)), dropout_p)
+    return output if residual is None else output + residual
 
 
 def feed_forward(
@@ -258,7 +255,5 @@ def feed_forward(
     residual: Tensor | None = None,
 ) -> Tensor:
     """dropout(W2 hidden_dropout(activation(W1 input))) + residual"""
-    widened = [None if x is None else _widen(x) for x in (input, weight1, bias1, weight2, bias2)]
-    hidden = linear(*widened[:3], activation=activation, dropout_p=hidden_dropout_p)
-    output = linear(hidden, *widened[3:], dropout_p=dropout_p, residual=None if residual is None else _widen(residual))
-    return output.to(input.dtype if residual is None else torch.promote_types(input.dtype, residual.dtype))
+    hidden = linear(input, weight1, bias1, activation=activation, dropout_p=hidden_dropout_p)
+    return linear(hidden, weight2, bias2, dropout_p=dropout_p, residual=residual)

@@ -18,27 +18,36 @@ def assert_close_to_reference(out: Tensor, eager: Tensor, ref64: Tensor, what: s
 
 def error_bound(eager: Tensor, ref64: Tensor) -> float:
     unit = torch.finfo(eager.dtype).eps * ref64.abs().max().item()
-    if eager.dtype == torch.float64:  # the reference is as exact as the kernel: only rounding separates them
-        return 32 * unit
-    return 2 * (eager.double() - ref64).abs().max().item() + unit
+    # In float64 eager may be the reference itself: then only rounding separates the two.
+    units = 32 if eager.dtype == torch.float64 else 1
+    return 2 * (eager.double() - ref64).abs().max().item() + units * unit
 
 
-def assert_op_close(fused: Callable, eager: Callable, tensors: dict[str, Tensor | None]) -> None:
+def assert_op_close(fused: Callable, eager: Callable, *draws: dict[str, Tensor | None]) -> None:
     """The outputs of `fused` and the gradients of its floating tensors, by the accuracy rule.
 
-    Both functions take the tensors by name and return one or several; `eager` runs in the tensors' dtypes and in float64.
-    Each run begins with the same state of torch's generator.
+    Both functions take the tensors of a draw by name and return one or several; `eager` runs in the tensors' dtypes and in
+    float64. Each run begins with the same state of torch's generator. Several draws are judged as one: where a result is a
+    single number, one draw says little about the size of an error.
     """
-    leaves, outputs = zip(
-        _run(fused, tensors), _run(eager, tensors), _run(eager, tensors, torch.float64), strict=True
-    )
-    for i, results in enumerate(zip(*outputs, strict=True)):
-        assert_close_to_reference(*(result.detach() for result in results), f"output {i}")
+    judged = [_results(fused, eager, tensors) for tensors in draws]
+    for name in judged[0]:
+        results = zip(*(draw[name] for draw in judged), strict=True)
+        assert_close_to_reference(*(torch.stack(result) for result in results), name)
+
+
+def _results(fused: Callable, eager: Callable, tensors: dict[str, Tensor | None]) -> dict[str, tuple[Tensor, ...]]:
+    """Name -> (fused, eager, float64) for every output and gradient."""
+    runs = [_run(fused, tensors), _run(eager, tensors), _run(eager, tensors, torch.float64)]
     generator = torch.Generator().manual_seed(2)
-    weights = [torch.randn(out.shape, generator=generator).to(out.dtype) for out in outputs[0]]
-    gradients = [_gradients(*run, weights) for run in zip(leaves, outputs, strict=True)]
-    for name in gradients[0]:
-        assert_close_to_reference(*(gradient[name] for gradient in gradients), f"gradient of {name}")
+    weights = [torch.randn(out.shape, generator=generator).to(out.dtype) for out in runs[0][1]]  # of the outputs' sum
+    results = []
+    for leaves, outputs in runs:
+        given = [weight.to(out.dtype) for weight, out in zip(weights, outputs, strict=True)]
+        gradients = torch.autograd.grad(outputs, leaves.values(), given)
+        named = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
+        results.append(named | {f"gradient of {name}": x for name, x in zip(leaves, gradients, strict=True)})
+    return {name: tuple(result[name] for result in results) for name in results[0]}
 
 
 def _run(function: Callable, tensors: dict[str, Tensor | None], dtype: torch.dtype | None = None) -> tuple:
@@ -49,9 +58,3 @@ def _run(function: Callable, tensors: dict[str, Tensor | None], dtype: torch.dty
     torch.manual_seed(1)
     outputs = function(**inputs | leaves)
     return leaves, outputs if isinstance(outputs, tuple) else (outputs,)
-
-
-def _gradients(leaves: dict[str, Tensor], outputs: tuple[Tensor, ...], weights: list[Tensor]) -> dict[str, Tensor]:
-    """Of sum(outputs * weights)."""
-    weights = [weight.to(out.dtype) for weight, out in zip(weights, outputs, strict=True)]
-    return dict(zip(leaves, torch.autograd.grad(outputs, leaves.values(), weights), strict=True))

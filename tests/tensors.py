@@ -12,7 +12,7 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32, layout: str = "contig
     """Normal numbers of this shape (two dimensions or more, unless contiguous); what they are a view of is larger."""
 
     def base(*sizes: int) -> Tensor:
-        return torch.randn(*sizes).to(dtype)
+        return torch.randn(sizes).to(dtype)
 
     if layout == "contiguous":
         return base(*shape)

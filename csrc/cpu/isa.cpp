@@ -47,6 +47,14 @@ std::atomic<const Kernels*>& current() {
 std::string isa() { return kernels().isa; }
 void set_isa(std::string name) { current() = find(name); }
 
+bool multiplies_bfloat16() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 const Kernels& kernels() { return *current().load(std::memory_order_relaxed); }
@@ -57,4 +65,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastformer_cpu, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&fastformer::isa));
   m.impl("isas", TORCH_BOX(&fastformer::names));
   m.impl("set_isa", TORCH_BOX(&fastformer::set_isa));
+  m.impl("multiplies_bfloat16", TORCH_BOX(&fastformer::multiplies_bfloat16));
 }

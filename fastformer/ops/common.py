@@ -41,6 +41,8 @@ def register(
     def once(ctx, *grads):
         if torch.is_grad_enabled():  # create_graph=True: the raw ops would cut the graph without a word
             raise NotImplementedError(f"fastformer.ops.{name} can be differentiated once, without create_graph")
+        if all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
         return (*backward(ctx, *grads), None)
 
     torch.library.register_autograd(f"fastformer::{name}", once, setup_context=keep, lib=_differentiable)

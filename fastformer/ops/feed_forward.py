@@ -18,7 +18,7 @@ from fastformer.ops.common import (
     register,
     seed_for,
 )
-from fastformer.ops.linear import check_matrix, in_features
+from fastformer.ops.linear import check_matrix, products_are_faster_in_torch, in_features
 
 _SCHEMA = (
     "(Tensor input, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, str? activation,"
@@ -70,7 +70,9 @@ def feed_forward(
     check_activation(activation)
     check_probability(hidden_dropout_p=hidden_dropout_p, dropout_p=dropout_p)
     residual = broadcast_residual(residual, input.shape[:-1] + weight2.shape[:1])
-    backend = backends.choose("feed_forward", input, weight1, bias1, weight2, bias2, residual)
+    torch_is_faster = hidden_dropout_p == dropout_p == 0 and products_are_faster_in_torch(input)
+    operands = input, weight1, bias1, weight2, bias2, residual
+    backend = backends.choose("feed_forward", *operands, torch_is_faster=torch_is_faster)
     if backend == "torch":
         return reference.feed_forward(
             input, weight1, bias1, weight2, bias2, activation=activation, hidden_dropout_p=hidden_dropout_p,

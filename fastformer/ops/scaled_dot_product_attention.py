@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
@@ -83,9 +84,7 @@ def scaled_dot_product_attention(
     float_mask = attn_mask if attn_mask is not None and attn_mask.dtype != torch.bool else None
     backend = backends.choose("scaled_dot_product_attention", query, key, value, mask=float_mask)
     if backend == "torch":
-        return reference.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window_size=window_size
-        )
+        return _torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window_size)
     q, k, v = (_four_dims(x) for x in (query, key, value))
     if attn_mask is not None:
         attn_mask = _expand_mask(attn_mask, query, key)
@@ -97,6 +96,27 @@ def scaled_dot_product_attention(
     else:
         output = raw(backend).scaled_dot_product_attention(*arguments)[0]
     return output if query.dim() == 4 else output.reshape(*query.shape[:-1], value.shape[-1])
+
+
+def _torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window_size) -> Tensor:
+    """torch's own kernels; for dropout the reference, whose mask is that of every backend."""
+    if dropout_p > 0:
+        return reference.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window_size=window_size
+        )
+    if attn_mask is not None or tuple(window_size) != (-1, -1):
+        kept = reference.attention_keeps(query.shape[-2], key.shape[-2], is_causal, window_size, query.device)
+        is_causal = False
+        if attn_mask is None:
+            attn_mask = kept
+        elif attn_mask.dtype == torch.bool:
+            attn_mask = attn_mask if kept is None else attn_mask & kept
+        else:
+            attn_mask = attn_mask.to(query.dtype)
+            attn_mask = attn_mask if kept is None else attn_mask.masked_fill(~kept, -math.inf)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+    )
 
 
 def check_window(window_size: tuple[int, int]) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_close_to_reference
+from agreement import assert_all_close_to_reference
 from torch import Tensor
 from torch.nn.utils import parametrizations, prune
 
@@ -32,9 +33,8 @@ def assert_agree(ours, theirs, *inputs: Tensor) -> None:
     ):
         output = module(*(x.to(dtype) for x in inputs))
         output.square().sum().backward()
-        got.append([output.detach(), *(p.grad for p in module.parameters())])
-    for out, eager, ref64 in zip(*got, strict=True):
-        assert_close_to_reference(out, eager, ref64)
+        got.append({"output": output.detach(), **{f"gradient {i}": p.grad for i, p in enumerate(module.parameters())}})
+    assert_all_close_to_reference(*got)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +94,26 @@ def test_feed_forward_drops_in_training_only():
     assert (module(x) == 0).float().mean() > 0.2  # of the output itself
     module.eval()
     assert torch.equal(module(x), module(x))
+
+
+def test_feed_forward_drops_the_hidden_activation():
+    module = nn.FeedForward(E, HIDDEN, dropout=0.5, activation="relu")
+    with torch.no_grad():
+        module.linear1.weight.zero_(), module.linear1.bias.fill_(1)  # the hidden activation is 1
+        module.linear2.weight.fill_(1 / HIDDEN), module.linear2.bias.zero_()  # and the output its mean
+    output = module(torch.randn(B, S, E))
+    kept = output[output != 0]
+    assert 0 < len(kept) < output.numel() and kept.std() > 0.1
+    module.eval()
+    torch.testing.assert_close(module(torch.randn(B, S, E)), torch.ones(B, S, E))
+
+
+def test_attention_drops_probabilities():
+    module = randomize(nn.SelfAttention(E, HEADS, dropout=1.0))
+    x = torch.randn(S, B, E)
+    torch.testing.assert_close(module(x), module.out_proj.bias.expand(S, B, E))
+    module.eval()
+    assert not torch.allclose(module(x), module.out_proj.bias)
 
 
 class Adapter(torch.nn.Module):

@@ -6,10 +6,11 @@ import pickle
 import pytest
 import torch
 from accuracy import assert_close_to_reference
+from agreement import assert_all_close_to_reference
 from torch import Tensor
 
 import fastformer
-from fastformer import nn
+from fastformer import nn, reference
 
 B, S, SOURCE, E, HEADS, HIDDEN = 3, 9, 7, 24, 3, 40
 LAYERS = {
@@ -68,9 +69,7 @@ def assert_agree(ours, theirs, inputs, masks, their_masks=None) -> None:
     eager = results(theirs, inputs, their_masks, weight)
     masks64 = {name: as_double(mask) for name, mask in their_masks.items()}
     ref64 = results(copy.deepcopy(theirs).double(), tuple(map(as_double, inputs)), masks64, as_double(weight))
-    assert out.keys() == eager.keys()
-    for what in out:
-        assert_close_to_reference(out[what], eager[what], ref64[what], what)
+    assert_all_close_to_reference(out, eager, ref64)
 
 
 @layers
@@ -265,8 +264,32 @@ def test_dropout_is_that_of_the_reference(kind, norm_first):
     with fastformer.backend("torch"):
         eager = run(copy.deepcopy(layer), x, weight)
         ref64 = run(layer.double(), tuple(map(as_double, x)), weight.double())
-    for what in out:
-        assert_close_to_reference(out[what], eager[what], ref64[what], what)
+    assert_all_close_to_reference(out, eager, ref64)
+
+
+@layers
+@norm_first
+def test_every_dropout_is_there(kind, norm_first):
+    """Each draws one seed: probabilities and output of each attention, hidden activation and output of the network."""
+    layer, _ = pair(kind, norm_first=norm_first, dropout=0.3)
+    x = inputs(kind)
+    torch.manual_seed(1)
+    layer(*x)
+    after = torch.get_rng_state()
+    torch.manual_seed(1)
+    for _ in range(4 if kind == "encoder" else 6):
+        reference.draw_seed(torch.device("cpu"))
+    assert torch.equal(after, torch.get_rng_state())
+
+
+@layers
+def test_dropout_of_everything_leaves_the_residual(kind):
+    x = inputs(kind)
+    layer, _ = pair(kind, norm_first=True, dropout=1.0)
+    assert torch.equal(layer(*x), x[0])
+    layer, _ = pair(kind, norm_first=False, dropout=1.0)
+    norms = [layer.norm1, layer.norm2] if kind == "encoder" else [layer.norm1, layer.norm2, layer.norm3]
+    assert torch.allclose(layer(*x), torch.nn.Sequential(*norms)(x[0]))
 
 
 @layers

@@ -1,8 +1,17 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastformer
+
+
+@pytest.fixture(autouse=True)
+def kernels() -> Iterator[None]:
+    """The kernels are what is tested here, also where plain PyTorch would be chosen because it is faster (few rows)."""
+    with fastformer.backend("cpu"):
+        yield
 
 
 class Recorder(TorchDispatchMode):

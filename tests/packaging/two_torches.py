@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
 
-from fastformer import library, ops  # noqa: E402
+from fastformer import backend, library, ops  # noqa: E402
 
 LIBRARY = Path(library.__file__).with_name("libfastformer_cpu.so")
 
@@ -33,6 +33,7 @@ def inputs() -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
+@backend("cpu", strict=True)
 def answers(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Outputs and gradients of every op; the names of inputs are those of `inputs`."""
     t = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}

@@ -27,32 +27,47 @@ int64_t gemm_scratch_bytes(const GemmArgs& a) {
   return kRows * (sums + (copies_rows(a) ? copied_stride(a) * size : 0));
 }
 
+// out (columns, rows) = the transpose of in (rows, columns), widened; rows `in_stride` and `out_stride` apart.
+template <class T>
+static void transpose_copy(const T* in, int64_t in_stride, int64_t rows, int64_t columns, compute_t<T>* out,
+                           int64_t out_stride) {
+  using S = compute_t<T>;
+  constexpr int64_t n = kLanes<S>, kChunk = 4 * n;  // columns read from one row before the next
+  const int64_t whole_rows = rows / n * n, whole_columns = columns / n * n;
+  for (int64_t c0 = 0; c0 < whole_columns; c0 += kChunk)
+    for (int64_t r = 0; r < whole_rows; r += n)
+      for (int64_t c = c0; c < min(c0 + kChunk, whole_columns); c += n) {
+        Vec<S> x[n];
+#pragma GCC unroll 16
+        for (int i = 0; i < n; ++i) x[i] = load(in + (r + i) * in_stride + c);
+        transpose<S>(x);
+#pragma GCC unroll 16
+        for (int i = 0; i < n; ++i) store(out + (c + i) * out_stride + r, x[i]);
+      }
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c)
+      out[c * out_stride + r] = to_compute(in[r * in_stride + c]);
+}
+
 template <class T> static void pack_panels(const PackArgs& a, int64_t panel_begin, int64_t panel_end) {
   using S = compute_t<T>;
-  constexpr int64_t kWidth = kPanel<S>, kChunk = 16;  // transposed through chunks of 16 depths
+  constexpr int64_t kW = kPanel<S>;
   for (int64_t p = panel_begin; p < panel_end; ++p) {
-    S* out = (S*)a.packed + p * a.depth * kWidth;
-    const T* b = (const T*)a.b + p * kWidth * a.b_column_stride;
-    const int64_t width = min<int64_t>(kWidth, a.columns - p * kWidth);
-    if (a.b_column_stride == 1) {
-      for (int64_t k = 0; k < a.depth; ++k) {
-        const T* row = b + k * a.b_depth_stride;
-        S* o = out + k * kWidth;
-        if (width == kWidth) {
-          for (int64_t c = 0; c < kWidth; c += kLanes<S>) store(o + c, load(row + c));
-        } else {
-          for (int64_t c = 0; c < kWidth; ++c) o[c] = c < width ? to_compute(row[c]) : S(0);
-        }
-      }
-      continue;
-    }
-    for (int64_t k0 = 0; k0 < a.depth; k0 += kChunk) {
-      const int64_t depth = min(kChunk, a.depth - k0);
-      for (int64_t c = 0; c < kWidth; ++c) {
-        const T* column = b + c * a.b_column_stride + k0 * a.b_depth_stride;
-        for (int64_t k = 0; k < depth; ++k)
-          out[(k0 + k) * kWidth + c] = c < width ? to_compute(column[k * a.b_depth_stride]) : S(0);
-      }
+    S* out = (S*)a.packed + p * a.depth * kW;
+    const T* b = (const T*)a.b + p * kW * a.b_column_stride;
+    const int64_t width = min<int64_t>(kW, a.columns - p * kW);
+    if (width < kW) memset((void*)out, 0, size_t(a.depth * kW) * sizeof(S));
+    if (a.b_depth_stride == 1) {
+      transpose_copy(b, a.b_column_stride, width, a.depth, out, kW);
+    } else if (a.b_column_stride == 1) {
+      for (int64_t k = 0; k < a.depth; ++k)
+        for_columns<S>(width, [&](int64_t c, int lanes) {
+          store_lanes(out + k * kW + c, load_lanes(b + k * a.b_depth_stride + c, lanes), lanes);
+        });
+    } else {
+      for (int64_t k = 0; k < a.depth; ++k)
+        for (int64_t c = 0; c < width; ++c)
+          out[k * kW + c] = to_compute(b[c * a.b_column_stride + k * a.b_depth_stride]);
     }
   }
 }
@@ -110,10 +125,10 @@ static void copy_rows(const GemmArgs& g, int64_t rows, const A* source, compute_
       });
     return;
   }
-  for (int64_t k0 = 0; k0 < g.depth; k0 += 16)  // transposed through 16 depths, one cache line of a row
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t k = k0; k < min(k0 + 16, g.depth); ++k)
-        copy[i * stride + k] = to_compute(source[i * g.a_row_stride + k * g.a_depth_stride]);
+  if (g.a_row_stride == 1) return transpose_copy(source, g.a_depth_stride, g.depth, rows, copy, stride);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t k = 0; k < g.depth; ++k)
+      copy[i * stride + k] = to_compute(source[i * g.a_row_stride + k * g.a_depth_stride]);
 }
 
 // One row of a panel: acc (compute type) to the output.

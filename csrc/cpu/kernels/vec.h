@@ -178,4 +178,25 @@ template <class S> FF_INLINE S largest(Vec<S> x) {
   return x[0];
 }
 
+// ---- a square of vectors to its transpose, in log2(lanes) steps ----
+
+template <class S> FF_INLINE void transpose(Vec<S> x[kLanes<S>]) {
+  constexpr int n = kLanes<S>;
+#pragma GCC unroll 4
+  for (int step = 1; step < n; step *= 2) {
+    IntVec<S> even, odd;  // lanes of the pair (x[i], x[i + step]), numbered 0 to 2 n - 1
+    for (int l = 0; l < n; ++l) {
+      even[l] = l & step ? n + l - step : l;
+      odd[l] = l & step ? n + l : l + step;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) {
+      if (i & step) continue;
+      const Vec<S> a = x[i], b = x[i + step];
+      x[i] = __builtin_shuffle(a, b, even);
+      x[i + step] = __builtin_shuffle(a, b, odd);
+    }
+  }
+}
+
 }  // namespace fastformer::FASTFORMER_ISA
