@@ -20,7 +20,7 @@ STABLE_TORCH_LIBRARY(fastformer_cpu, m) {
       "Tensor cu_seq_q, Tensor cu_seq_k, int max_q, int max_k, float dropout_p, Tensor? seed, float scale, "
       "int window_left, int window_right) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
 
-  // Rows of the last dimension; mean and rstd in the compute dtype.
+  // Rows of the last dimension; mean, rstd and the gradients of weight and bias in the compute dtype.
   m.def(
       "layer_norm(Tensor input, Tensor? weight, Tensor? bias, float eps) -> (Tensor output, Tensor mean, Tensor rstd)");
   m.def(

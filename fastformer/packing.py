@@ -42,7 +42,7 @@ class Packed:
             after the other, as one matrix.
     """
 
-    __slots__ = ("panels", "_matrices", "_stamps", "_steps", "_isa")
+    __slots__ = ("panels", "dtype", "in_features", "_matrices", "_stamps", "_steps", "_isa")
 
     def __init__(self, parameters: Sequence[nn.Parameter | None], groups: Sequence[Sequence[Tensor]]):
         self._stamps = [None if p is None else (p, p.data_ptr(), _version(p)) for p in parameters]
@@ -50,6 +50,7 @@ class Packed:
         self._isa = _raw.isa()
         self._matrices = [[matrix.detach() for matrix in group] for group in groups]
         self.panels = [_raw.pack_weight(g[0] if len(g) == 1 else torch.cat(g)) for g in self._matrices]
+        self.dtype, self.in_features = (groups[0][0].dtype, groups[0][0].shape[1]) if groups else (None, None)
 
     def holds_for(self, parameters: Sequence[nn.Parameter | None]) -> bool:
         if self._steps != _steps or self._isa != _raw.isa() or len(parameters) != len(self._stamps):

@@ -70,7 +70,8 @@ struct Rows {
 };
 inline Rows rows_of(const Tensor& input) {
   const int64_t dim = input.dim(), columns = input.size(dim - 1);
-  const int64_t count = columns ? input.numel() / columns : 0;
+  int64_t count = 1;
+  for (int64_t d = 0; d < dim - 1; ++d) count *= input.size(d);
   bool regular = columns == 1 || input.stride(dim - 1) == 1;
   int64_t stride = 0, expected = -1;  // of a row; of the next dimension to the left
   for (int64_t d = dim - 2; d >= 0 && regular; --d) {

@@ -73,10 +73,6 @@ std::pair<Tensor, Tensor> backward(const LayerNormBackwardArgs& args, int64_t ro
   return {torch::stable::sum(weights, chunk_dim), torch::stable::sum(biases, chunk_dim)};
 }
 
-Tensor like_weight(const Tensor& grad, const std::optional<Tensor>& weight) {
-  return weight ? to_type(grad, weight->scalar_type()) : grad;
-}
-
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor grad_output, Tensor input, std::optional<Tensor> weight,
                                                        Tensor mean, Tensor rstd) {
   const Rows x = rows_of(input), g = rows_of(grad_output);
@@ -91,7 +87,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor grad_output, Tenso
       .grad_input = grad_input.mutable_data_ptr(), .grad_residual = nullptr,
   };
   const auto [grad_weight, grad_bias] = backward(args, x.count);
-  return {grad_input, like_weight(grad_weight, weight), like_weight(grad_bias, weight)};
+  return {grad_input, grad_weight, grad_bias};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(Tensor grad_output, std::optional<Tensor> grad_sum,
@@ -115,8 +111,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(Tensor grad_o
       .grad_input = grad_input.mutable_data_ptr(), .grad_residual = grad_residual.mutable_data_ptr(),
   };
   const auto [grad_weight, grad_bias] = backward(args, s.count);
-  return {to_type(grad_input, input_dtype), grad_residual, like_weight(grad_weight, weight),
-          like_weight(grad_bias, weight)};
+  return {to_type(grad_input, input_dtype), grad_residual, grad_weight, grad_bias};
 }
 
 }  // namespace

@@ -1,52 +1,225 @@
-"""How a module's class is swapped, and how each call of a swapped module chooses its path.
+"""How the class of a module is swapped, and how each call of a swapped module finds its path.
 
-`swap` sets a module's class to a subclass of its stock class with the same name, so that state_dict, hooks, isinstance,
-gradient checkpointing and `_no_split_modules` find what they know. The subclass has a fused forward, which reads the
-parameters of the modules inside in place of calling them. So it asks at every call whether these are still what they were
-(`Fused.survey`), and runs the stock forward where one of them is not.
+A module's class is set to a subclass of its stock class with the same name: state_dict, hooks, isinstance, gradient
+checkpointing, `_no_split_modules` find what they know. The subclass has a fused forward that reads the parameters of the
+modules inside in place of calling them. So it looks at every call whether those are still as plain as they have to be
+(`survey`), and runs the stock forward where one is not.
 """
 
 from __future__ import annotations
 
 import copy
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from fastformer import backends, packing
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_FUSED = [i for i in backends.implementations() if i.op == "linear" and i.backend != "torch"]
-
-
-class Path(enum.Enum):
-    STOCK = enum.auto()  # the stock forward
-    OPS = enum.auto()  # the differentiable ops
-    PACKED = enum.auto()  # the raw ops on packed weights
-
-
-# What may stand inside a fused module: exactly these classes. Integrations add those of their library.
+# The classes that a fused forward knows how to do without calling them; integrations add those of their library.
 LINEARS: set[type[nn.Module]] = {nn.Linear}
 TRANSPOSED: set[type[nn.Module]] = set()  # of the linears, those whose weight is (in_features, out_features)
-NORMS = {nn.LayerNorm}
-DROPOUTS = {nn.Dropout}
-ACTIVATIONS: dict[type[nn.Module], Callable[[Any], str | None]] = {
-    nn.GELU: lambda module: {"none": "gelu", "tanh": "gelu_tanh"}[module.approximate],
+NORMS: set[type[nn.Module]] = {nn.LayerNorm}
+DROPOUTS: set[type[nn.Module]] = {nn.Dropout}
+ACTIVATIONS: dict[type[nn.Module], Callable[[Any], str]] = {  # to what ops.linear calls it
+    nn.GELU: lambda module: "gelu_tanh" if module.approximate == "tanh" else "gelu",
     nn.ReLU: lambda module: "relu",
     nn.SiLU: lambda module: "silu",
 }
 
-
-def activation_name(module: nn.Module) -> str:
-    """What ops.linear calls this activation."""
-    return ACTIVATIONS[type(module)](module)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def dropout_p(module: nn.Dropout) -> float:
-    return module.p if module.training else 0.0
+def _devices(backend: str | None) -> set[str]:
+    """The device types that a backend's matrix products run on here; None for any fused backend."""
+    return {
+        i.device
+        for i in backends.implementations()
+        if i.op == "linear" and i.backend != "torch" and backend in (None, i.backend)
+        if not backends.why_unavailable(i.backend)
+    }
+
+
+_DEVICES = {backend: _devices(backend) for backend in (None, *backends.BACKENDS)}
+
+
+class Path(enum.Enum):
+    STOCK = "the stock forward"
+    OPS = "the differentiable ops"
+    PACKED = "the CPU's raw ops, on packed weights"
+
+
+class Fused:
+    """What the swapped classes share. A mixin for a stock class overrides its forward, or what that calls, and declares
+    `inner`: the modules inside that it does not call, by their path, and the classes that each may have."""
+
+    stock: ClassVar[type[nn.Module]]
+    inner: ClassVar[dict[str, Collection[type[nn.Module]]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        cls._inner = tuple((tuple(path.split(".")), classes) for path, classes in cls.inner.items())
+
+    @staticmethod
+    def own_obstacles(module: nn.Module) -> list[str]:
+        """What stops this very module, beside the modules inside."""
+        return []
+
+    def groups(self) -> list[list[Tensor]]:
+        """The matrices to pack, see `packing.Packed`. ValueError: the sizes inside do not fit together."""
+        return []
+
+    def choose(self, *inputs: Tensor | None) -> tuple[Path, Sequence[Tensor]]:
+        """The path of this call and, for PACKED, the packed weights. `inputs`: hidden states, and what meets them."""
+        backend, strict = backends._requested()
+        x = inputs[0]
+        if backend == "torch":
+            return Path.STOCK, ()
+        obstacles, children = survey(self)
+        if obstacles or x.device.type not in _DEVICES[backend]:
+            _refuse(self, backend, strict, obstacles, x.device.type)
+            return Path.STOCK, ()
+        if torch.compiler.is_compiling():
+            return Path.OPS, ()
+        if type(x) is not Tensor:
+            return (Path.OPS if backends._is_traced(x) else Path.STOCK), ()
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            return Path.STOCK, ()
+        parameters = [*self._parameters.values()]
+        for child in children:
+            parameters += child._parameters.values()
+        if (
+            self.training
+            or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, *parameters)))
+            or torch.is_autocast_enabled(x.device.type)
+            or x.device.type != "cpu"
+            or torch.jit.is_tracing()
+            or any(child.training and child.__class__ in DROPOUTS for child in children)
+        ):
+            if self.training:
+                packing.drop(self)
+            return Path.OPS, ()
+        packed = packing.kept(self)
+        if packed is None or not packed.holds_for(parameters):
+            packing.drop(self)
+            if packing.why_not_packed():
+                return Path.OPS, ()
+            packed = _pack(self, children, parameters)
+        if packed is None or (packed.panels and (x.dtype, x.shape[-1]) != (packed.dtype, packed.in_features)):
+            return Path.STOCK, ()  # which has its own words for what does not fit
+        return Path.PACKED, packed.panels
+
+    def train(self, mode: bool = True):
+        if mode:
+            packing.drop(self)
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any):
+        packing.drop(self)
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        packing.drop(self)
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]):
+        new = memo[id(self)] = type(self).__new__(type(self))
+        new.__setstate__(copy.deepcopy(packing.without_packed(self.__dict__), memo))
+        return new
+
+    def __reduce_ex__(self, protocol: int):
+        """A pickle holds the stock class: it can be read where fastformer is not installed."""
+        function, arguments, state, *rest = super().__reduce_ex__(protocol)
+        arguments = tuple(self.stock if argument is type(self) else argument for argument in arguments)
+        return function, arguments, packing.without_packed(state), *rest
+
+
+def survey(module: nn.Module, fused: type[Fused] | None = None) -> tuple[list[str], list[nn.Module]]:
+    """What stops a module from being run as `fused` (its class, if None), and the modules inside that would not be called."""
+    fused = fused or type(module)
+    obstacles, children = fused.own_obstacles(module), []
+    for name, parameter in module._parameters.items():
+        if parameter is not None and parameter.__class__ is not nn.Parameter:
+            obstacles.append(f"{name} is a {type(parameter).__name__}")
+    for path, classes in fused._inner:
+        child = module
+        for name in path:
+            child = child._modules.get(name) if child is not None else None
+        if child is None:
+            obstacles.append(f"{'.'.join(path)} is no module")
+        elif obstacle := _obstacle(child, classes):
+            obstacles.append(f"{'.'.join(path)} {obstacle}")
+        else:
+            children.append(child)
+    return obstacles, children
+
+
+def _obstacle(child: nn.Module, classes: Collection[type[nn.Module]]) -> str | None:
+    if child.__class__ not in classes:
+        return f"is a {child.__class__.__module__}.{child.__class__.__qualname__}"
+    if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
+        return "has hooks"
+    if "forward" in child.__dict__:
+        return "has a forward of its own"
+    for name, parameter in child._parameters.items():
+        if parameter is not None and parameter.__class__ is not nn.Parameter:
+            return f"has a {type(parameter).__name__} as its {name}"
+    return None
+
+
+def parameter_obstacles(module: nn.Module, fused: type[Fused]) -> list[str]:
+    """Dtypes and devices that no fused backend takes: they can change, so that they are looked at when classes are swapped,
+    and the ops look at them again."""
+    parameters = list(module._parameters.values())
+    for child in survey(module, fused)[1]:
+        parameters += child._parameters.values()
+    obstacles = []
+    for parameter in parameters:
+        if parameter is not None and parameter.dtype not in _FLOATS:
+            obstacles.append(f"no fused backend takes {parameter.dtype}")
+        if parameter is not None and parameter.device.type not in _DEVICES[None]:
+            obstacles.append(f"no fused backend runs on {parameter.device.type}")
+    return list(dict.fromkeys(obstacles))
+
+
+def _refuse(module: Fused, backend: str | None, strict: bool, obstacles: list[str], device: str) -> None:
+    """Says why a call runs on the stock forward: an obstacle inside is listed by the report, a missing backend is not."""
+    missing = device not in _DEVICES[backend]
+    if missing and backend and backend in backends.BACKENDS:
+        why = backends.why_unavailable(backend) or f"backend {backend!r} takes no {device} tensors"
+        obstacles = [*obstacles, why]
+    elif missing:
+        obstacles = [*obstacles, f"no fused backend runs on {device}"]
+    text = f"{type(module).__name__} runs its stock forward: {'; '.join(obstacles)}"
+    if strict:
+        raise NotImplementedError(f"backend {backend!r} was asked for, but {text}")
+    if missing:
+        backends._warn_once(f"fastformer: {text}")
+
+
+def _pack(module: Fused, children: list[nn.Module], parameters: list[nn.Parameter | None]) -> packing.Packed | None:
+    """Packs a module's weights; None where the CPU's raw ops can't take them, for they check nothing themselves."""
+    given = [p for p in parameters if p is not None]
+    if any(p.device.type != "cpu" or p.dtype not in _FLOATS for p in given) or not all(map(_sizes_fit, children)):
+        return None
+    groups = module.groups()
+    if groups is None or len({matrix.dtype for group in groups for matrix in group}) > 1:
+        return None
+    return packing.keep(module, packing.Packed(parameters, groups))
+
+
+def _sizes_fit(child: nn.Module) -> bool:
+    parameters = child._parameters
+    if child.__class__ in LINEARS:
+        return parameters["bias"] is None or parameters["bias"].shape == weight_of(child).shape[:1]
+    if child.__class__ in NORMS:
+        return len(child.normalized_shape) == 1 and all(
+            p is None or p.shape == child.normalized_shape for p in parameters.values()
+        )
+    return True
 
 
 def weight_of(linear: nn.Module) -> Tensor:
@@ -55,60 +228,42 @@ def weight_of(linear: nn.Module) -> Tensor:
     return weight.t() if linear.__class__ in TRANSPOSED else weight
 
 
-class Fused:
-    """Mixed into the classes that modules are swapped to. A mixin overrides the stock forward, or what it calls, and says:
+def activation_of(module: nn.Module) -> str:
+    return ACTIVATIONS[module.__class__](module)
 
-    inner: the modules inside that the fused forward does not call, by their paths, and the classes that they may have.
-    groups: the matrices to pack, see `packing.Packed`.
-    """
 
-    stock: ClassVar[type[nn.Module]]
-    inner: ClassVar[dict[str, Any]] = {}
-    _paths: ClassVar[tuple[tuple[tuple[str, ...], Any], ...]] = ()
+def dropout_p(module: nn.Dropout) -> float:
+    return module.p if module.training else 0.0
 
-    def __init_subclass__(cls, **kwargs: Any):
-        super().__init_subclass__(**kwargs)
-        cls._paths = tuple((tuple(path.split(".")), kinds) for path, kinds in cls.inner.items())
 
-    @classmethod
-    def own_obstacles(cls, module: nn.Module) -> list[str]:
-        """What else stops this very module from being fused."""
-        return []
+# What integrations know. Classes that are swapped wherever they are; classes such as nn.LayerNorm, swapped only under a name
+# inside of one class; and classes that are not swapped, with the reason.
+SWAPS: dict[type[nn.Module], type[Fused]] = {}
+CHILDREN: dict[tuple[type[nn.Module], str], type[Fused]] = {}
+UNSUPPORTED: dict[type[nn.Module], str] = {}
 
-    def groups(self) -> list[list[Tensor]]:
-        return []
 
-    def choose(self, *inputs: Tensor | None) -> tuple[Path, Sequence[Tensor]]:
-        """The path of this call and, for PACKED, the packed weights. `inputs`: the hidden states, then other tensors."""
-        backend, strict = backends._requested()
-        if backend == "torch":
-            return Path.STOCK, ()
-        x = inputs[0]
-        obstacles, parameters = survey(self)
-        if obstacles or not _available(backend, x):
-            _refuse(self, backend, strict, obstacles, x)
-            return Path.STOCK, ()
-        if torch.compiler.is_compiling() or (type(x) is not Tensor and backends._is_traced(x)):
-            return Path.OPS, ()
-        if type(x) is not Tensor or _is_transformed():
-            return Path.STOCK, ()
-        if self.training:
-            packing.drop(self)
-            return Path.OPS, ()
-        if (
-            (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, *parameters)))
-            or torch.is_autocast_enabled(x.device.type)
-            or x.device.type != "cpu"
-            or torch.jit.is_tracing()
-            or self._drops()
-        ):
-            return Path.OPS, ()
-        packed = packing.kept(self)
-        if packed is None or not packed.holds_for(parameters):
-            packing.drop(self)
-            if packing.why_not_packed() is not None:
-                return Path.OPS, ()
-            if not all(p is None or (p.device == x.device and p.dtype in _FLOATS) for p in parameters):
-                return Path.STOCK, ()
-            packed = packing.keep(self, packing.Packed(parameters, self.groups()))
-        return Path.PACKED, packed.panels
+def fuse(stock: type[nn.Module], mixin: type[Fused]) -> type[Fused]:
+    """The fused class of a stock class, which has its name."""
+    names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
+    return type(stock.__name__, (mixin, stock), {**names, "stock": stock})
+
+
+def swap(module: nn.Module, fused: type[Fused]) -> None:
+    module.__class__ = fused
+
+
+def unswap(module: Fused) -> None:
+    """Gives a module its stock class back, or, where another library has subclassed ours (FSDP2), a class as that library
+    would have made it of the stock class."""
+    packing.drop(module)
+    module.__class__ = _unfused(type(module))
+
+
+def _unfused(cls: type) -> type:
+    if not issubclass(cls, Fused):
+        return cls
+    if "stock" in cls.__dict__:
+        return cls.stock
+    namespace = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__", "_inner")}
+    return type(cls)(cls.__name__, tuple(map(_unfused, cls.__bases__)), namespace)

@@ -13,6 +13,7 @@ from fastformer.ops.common import (
     check_probability,
     check_shape,
     compute_dtype,
+    dtype_of,
     needs_grad,
     raw,
     register,
@@ -53,7 +54,7 @@ def add_layer_norm(
         TypeError, ValueError: as :func:`layer_norm`; residual has another shape than input.
     """
     shape = check_normalized(input, normalized_shape, weight, bias)
-    check_floating(residual=residual)
+    check_floating(one_dtype=False, input=input, residual=residual)
     check_shape("residual", residual, input.shape, "input's")
     check_probability(dropout_p=dropout_p)
     backend = backends.choose("add_layer_norm", input, residual, weight, bias)
@@ -75,34 +76,27 @@ def _fake(input, residual, weight, bias, eps, dropout_p, seed):
 
 
 def _fake_backward(grad_output, grad_sum, sum, weight, mean, rstd, dropout_p, seed, input_dtype):
-    dtype = compute_dtype(sum.dtype) if weight is None else weight.dtype
-    grad_weight = sum.new_empty(sum.shape[-1], dtype=dtype)
+    grad_weight = sum.new_empty(sum.shape[-1], dtype=compute_dtype(sum.dtype))
     grad_input = sum.new_empty(sum.shape, dtype=input_dtype)
     return grad_input, sum.new_empty(sum.shape), grad_weight, torch.empty_like(grad_weight)
 
 
 def _setup_context(ctx, inputs, output):
     input, residual, weight, bias, _, ctx.dropout_p, seed, ctx.backend = inputs
-    ctx.dtypes = input.dtype, residual.dtype, None if bias is None else bias.dtype
+    ctx.input_dtype = input.dtype
+    ctx.dtypes = residual.dtype, dtype_of(weight), dtype_of(bias)
     ctx.save_for_backward(weight, seed, *output[1:])
 
 
 def _backward(ctx, grad_output, grad_sum, grad_mean, grad_rstd):
     weight, seed, s, mean, rstd = ctx.saved_tensors
-    input_dtype, residual_dtype, bias_dtype = ctx.dtypes
-    grad_input, grad_residual, grad_weight, grad_bias = raw(ctx.backend).add_layer_norm_backward(
-        torch.zeros_like(s) if grad_output is None else grad_output,
-        grad_sum, s, weight, mean, rstd, ctx.dropout_p, seed, input_dtype,
-    )  # fmt: skip
-    return (
-        grad_input,
-        grad_residual.to(residual_dtype),
-        None if weight is None else grad_weight,
-        None if bias_dtype is None else grad_bias.to(bias_dtype),
-        None,
-        None,
-        None,
+    if grad_output is None:
+        grad_output = torch.zeros_like(s)
+    grad_input, *grads = raw(ctx.backend).add_layer_norm_backward(
+        grad_output, grad_sum, s, weight, mean, rstd, ctx.dropout_p, seed, ctx.input_dtype
     )
+    grads = (None if dtype is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
+    return grad_input, *grads, None, None, None
 
 
 register("add_layer_norm", _SCHEMA, _fake, _setup_context, _backward, _fake_backward)

@@ -64,6 +64,10 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def dtype_of(tensor: Tensor | None) -> torch.dtype | None:
+    return None if tensor is None else tensor.dtype
+
+
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The operands of a matrix product in the autocast dtype, where autocast is on."""
     first = tensors[0]
@@ -76,8 +80,8 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 _AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_floating(**tensors: Tensor | None) -> None:
-    """All of them floating, of one dtype and on one device. Raises TypeError or ValueError."""
+def check_floating(*, one_dtype: bool = True, **tensors: Tensor | None) -> None:
+    """All of them floating, on one device and, unless told otherwise, of one dtype. Raises TypeError or ValueError."""
     first_name, first = None, None
     for name, tensor in tensors.items():
         if tensor is None:
@@ -88,7 +92,7 @@ def check_floating(**tensors: Tensor | None) -> None:
             raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
         if first is None:
             first_name, first = name, tensor
-        elif tensor.dtype != first.dtype:
+        elif one_dtype and tensor.dtype != first.dtype:
             raise TypeError(f"{name}: expected {first.dtype} as {first_name} has, got {tensor.dtype}")
         elif tensor.device != first.device:
             raise ValueError(f"{name}: expected on {first.device} as {first_name} is, got {tensor.device}")

@@ -62,7 +62,7 @@ def feed_forward(
     """
     input, weight1, bias1, weight2, bias2 = autocast(input, weight1, bias1, weight2, bias2)
     check_floating(input=input, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2)
-    check_floating(residual=residual)
+    check_floating(one_dtype=False, input=input, residual=residual)
     check_matrix("weight1", weight1, in_features(input), "input's last dimension")
     check_matrix("weight2", weight2, weight1.shape[0], "weight1's first dimension")
     check_shape("bias1", bias1, weight1.shape[:1], "weight1's first dimension")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastformer import backends, reference
-from fastformer.ops.common import check_floating, check_shape, compute_dtype, needs_grad, raw, register
+from fastformer.ops.common import check_floating, check_shape, compute_dtype, dtype_of, needs_grad, raw, register
 
 _SCHEMA = "(Tensor input, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)"
 
@@ -51,9 +51,7 @@ def layer_norm(
 
 def check_normalized(input, normalized_shape, weight, bias) -> tuple[int, ...]:
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-    check_floating(input=input)
-    check_floating(weight=weight)
-    check_floating(bias=bias)
+    check_floating(one_dtype=False, input=input, weight=weight, bias=bias)
     if not shape or tuple(input.shape[-len(shape) :]) != shape:
         raise ValueError(f"normalized_shape: expected the end of input's shape {tuple(input.shape)}, got {shape}")
     check_shape("weight", weight, shape, "normalized_shape")
@@ -74,28 +72,19 @@ def _fake(input, weight, bias, eps):
 
 
 def _fake_backward(grad_output, input, weight, mean, rstd):
-    like = input if weight is None else weight
-    dtype = compute_dtype(input.dtype) if weight is None else weight.dtype
-    grad_weight = like.new_empty(input.shape[-1], dtype=dtype)
-    grad_input = torch.empty_like(input, memory_format=torch.contiguous_format)
-    return grad_input, grad_weight, torch.empty_like(grad_weight)
+    grad_weight = input.new_empty(input.shape[-1], dtype=compute_dtype(input.dtype))
+    return torch.empty_like(input, memory_format=torch.contiguous_format), grad_weight, torch.empty_like(grad_weight)
 
 
 def _setup_context(ctx, inputs, output):
     input, weight, bias, _, ctx.backend = inputs
-    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.dtypes = dtype_of(weight), dtype_of(bias)
     ctx.save_for_backward(input, weight, *output[1:])
 
 
 def _backward(ctx, grad_output, grad_mean, grad_rstd):
-    input, weight, mean, rstd = ctx.saved_tensors
-    grad_input, grad_weight, grad_bias = raw(ctx.backend).layer_norm_backward(grad_output, input, weight, mean, rstd)
-    return (
-        grad_input,
-        None if weight is None else grad_weight,
-        None if ctx.bias_dtype is None else grad_bias.to(ctx.bias_dtype),
-        None,
-    )
+    grad_input, *grads = raw(ctx.backend).layer_norm_backward(grad_output, *ctx.saved_tensors)
+    return grad_input, *(None if dtype is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)), None
 
 
 register("layer_norm", _SCHEMA, _fake, _setup_context, _backward, _fake_backward)

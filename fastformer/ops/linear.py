@@ -56,7 +56,7 @@ def linear(
     """
     input, weight, bias = autocast(input, weight, bias)
     check_floating(input=input, weight=weight, bias=bias)
-    check_floating(residual=residual)
+    check_floating(one_dtype=False, input=input, residual=residual)
     check_matrix("weight", weight, in_features(input), "input's last dimension")
     check_shape("bias", bias, weight.shape[:1], "weight's first dimension")
     check_activation(activation)

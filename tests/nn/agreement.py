@@ -8,8 +8,8 @@ from torch import Tensor
 def assert_all_close_to_reference(out: dict[str, Tensor], eager: dict[str, Tensor], ref64: dict[str, Tensor]) -> None:
     """The largest error of all results, each relative to its own size, is judged as one.
 
-    In tensors as small as these the largest error of a single one is luck: it varies threefold between runs that are, in
-    the median, equally exact.
+    In tensors as small as these the largest error of a single one is luck: between runs that are, in the median,
+    equally exact, it varies threefold.
     """
     assert out.keys() == eager.keys() == ref64.keys()
     for name in out:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_close_to_reference
-from agreement import assert_all_close_to_reference
+from nn.agreement import assert_all_close_to_reference
 from torch import Tensor
 from torch.nn.utils import parametrizations, prune
 

@@ -6,13 +6,13 @@ import pickle
 import pytest
 import torch
 from accuracy import assert_close_to_reference
-from agreement import assert_all_close_to_reference
+from nn.agreement import assert_all_close_to_reference
 from torch import Tensor
 
 import fastformer
 from fastformer import nn, reference
 
-B, S, SOURCE, E, HEADS, HIDDEN = 3, 9, 7, 24, 3, 40
+B, S, SOURCE, E, HEADS, HIDDEN = 3, 17, 13, 48, 3, 100
 LAYERS = {
     "encoder": (nn.EncoderLayer, torch.nn.TransformerEncoderLayer),
     "decoder": (nn.DecoderLayer, torch.nn.TransformerDecoderLayer),
@@ -327,8 +327,8 @@ def test_repr_names_what_was_asked_for():
 @pytest.mark.parametrize(
     "options, text",
     [
-        ({"nhead": 5}, "embed_dim: expected a multiple of num_heads, got 24 for 5 heads"),
-        ({"nhead": 0}, "embed_dim: expected a multiple of num_heads, got 24 for 0 heads"),
+        ({"nhead": 5}, "embed_dim: expected a multiple of num_heads, got 48 for 5 heads"),
+        ({"nhead": 0}, "embed_dim: expected a multiple of num_heads, got 48 for 0 heads"),
         ({"dropout": 1.5}, "dropout: expected a probability from 0 to 1, got 1.5"),
         ({"activation": "swish"}, "activation: expected one of .*'gelu'.*, got 'swish'"),
         ({"activation": torch.nn.functional.relu}, "activation: expected one of .*'relu'.*, got <function relu"),
@@ -345,11 +345,11 @@ def test_call_errors():
     src = torch.randn(B, S, E)
     with pytest.raises(TypeError, match=r"key_padding_mask: expected bool \(True = ignore\).*, got torch.int64"):
         layer(src, src_key_padding_mask=torch.ones(B, S, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"key_padding_mask: expected shape \(3, 9\), got \(9, 3\)"):
+    with pytest.raises(ValueError, match=r"key_padding_mask: expected shape \(3, 17\), got \(17, 3\)"):
         layer(src, src_key_padding_mask=torch.ones(S, B, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"attn_mask: expected shape \(9, 9\) or \(9, 9, 9\), got \(1, 9, 8\)"):
+    with pytest.raises(ValueError, match=r"attn_mask: expected shape \(17, 17\) or \(9, 17, 17\), got \(1, 17, 16\)"):
         layer(src, torch.ones(1, S, S - 1, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"memory: expected \(batch, length, 24\) or \(length, 24\), got \(3, 7, 23\)"):
+    with pytest.raises(ValueError, match=r"memory: expected \(batch, length, 48\) or \(length, 48\), got \(3, 13, 47\)"):
         pair("decoder")[0](src, torch.randn(B, SOURCE, E - 1))
-    with pytest.raises(ValueError, match=r"input: expected \(length, batch, 24\) or \(length, 24\), got \(24,\)"):
+    with pytest.raises(ValueError, match=r"input: expected \(length, batch, 48\) or \(length, 48\), got \(48,\)"):
         nn.SelfAttention(E, HEADS)(torch.randn(E))

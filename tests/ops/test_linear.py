@@ -157,7 +157,7 @@ def test_nan_stays(isa, activation):
 def test_infinities_as_eager(isa, dtype, activation):
     """In float64: of float32 eager makes gelu(inf) NaN in vectors and inf where one number is left over."""
     largest = torch.finfo(dtype).max
-    x = torch.tensor([torch.inf, -torch.inf, largest, -largest, 90, -90, 0, -0.0], dtype=dtype)
+    x = torch.tensor([torch.inf, -torch.inf, largest, -largest, 80, -80, 0, -0.0], dtype=dtype)
     output = ops.linear(torch.ones(1, 1, dtype=dtype), x[:, None], activation=activation)[0]
     expected = eager.ACTIVATIONS[activation](x.double()).to(dtype)
     torch.testing.assert_close(output, expected, atol=0, rtol=4 * torch.finfo(dtype).eps, equal_nan=True)

@@ -7,6 +7,9 @@
 
 namespace fastformer::FASTFORMER_ISA {
 
+FF_INLINE float square_root(float x) { return sqrtf(x); }
+FF_INLINE double square_root(double x) { return sqrt(x); }
+
 template <class T, class R> static void forward(const LayerNormArgs& a, int64_t row_begin, int64_t row_end) {
   using S = compute_t<R>;
   const S *weight = (const S*)a.weight, *bias = (const S*)a.bias;
@@ -28,14 +31,17 @@ template <class T, class R> static void forward(const LayerNormArgs& a, int64_t 
       x = s;  // as stored: what the backward will see
     }
     for_columns<S>(n, [&](int64_t c, int lanes) { total += load_lanes(x + c, lanes); });
-    const S mean = sum<S>(total) / S(n);
-    Vec<S> squares = zero<S>();
+    // The deviations from a first mean correct it: exact also where the mean is large beside the variance.
+    const S first_mean = sum<S>(total) / S(n);
+    Vec<S> deviations = zero<S>(), squares = zero<S>();
     for_columns<S>(n, [&](int64_t c, int lanes) {
-      const Vec<S> d = (lanes == kLanes<S> ? load(x + c) : load_n(x + c, lanes, mean)) - mean;
+      const Vec<S> d = (lanes == kLanes<S> ? load(x + c) : load_n(x + c, lanes, first_mean)) - first_mean;
+      deviations += d;
       squares += d * d;
     });
-    const S rstd = 1 / (sizeof(S) == 8 ? S(sqrt(sum<S>(squares) / S(n) + S(a.eps)))
-                                       : S(sqrtf(float(sum<S>(squares) / S(n) + S(a.eps)))));
+    const S shift = sum<S>(deviations) / S(n), mean = first_mean + shift;
+    const S variance = sum<S>(squares) / S(n) - shift * shift;
+    const S rstd = 1 / square_root(variance + S(a.eps));
     for_columns<S>(n, [&](int64_t c, int lanes) {
       Vec<S> v = (load_lanes(x + c, lanes) - mean) * rstd;
       if (weight) v *= load_lanes(weight + c, lanes);

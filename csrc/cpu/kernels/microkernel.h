@@ -11,7 +11,8 @@ constexpr int kTileVecs = kVecBytes == 64 ? 4 : 2;
 template <class S> constexpr int kTileColumns = kTileVecs * kLanes<S>;
 
 // c = a b, or c += a b, for a tile of ROWS x (VECS vectors): a (ROWS, depth) with rows `lda` apart, b (depth, columns)
-// with rows `ldb` apart, c with rows `ldc` apart. Every step of the depth brings one cache line of `next`, `next_step` bytes
+// with rows `ldb` apart, c with rows `ldc` apart. The product is summed before it is added to c: a long sum is made of short
+// ones, which keeps its rounding error small. Every step of the depth brings one cache line of `next`, `next_step` bytes
 // on, into L2: spread like this the prefetches cost nothing, in a burst they stall the loads.
 template <class S, int ROWS, int VECS, bool ACCUMULATE, bool PREFETCH = false>
 FF_INLINE void tile_product(int64_t depth, const S* a, int64_t lda, const S* b, int64_t ldb, S* c, int64_t ldc,
@@ -20,7 +21,7 @@ FF_INLINE void tile_product(int64_t depth, const S* a, int64_t lda, const S* b, 
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < VECS; ++j) acc[i][j] = ACCUMULATE ? load(c + i * ldc + j * kLanes<S>) : zero<S>();
+    for (int j = 0; j < VECS; ++j) acc[i][j] = zero<S>();
   for (int64_t k = 0; k < depth; ++k) {
     if constexpr (PREFETCH) __builtin_prefetch(next + k * next_step, 0, 2);
     Vec<S> bk[VECS];
@@ -36,7 +37,10 @@ FF_INLINE void tile_product(int64_t depth, const S* a, int64_t lda, const S* b, 
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < VECS; ++j) store(c + i * ldc + j * kLanes<S>, acc[i][j]);
+    for (int j = 0; j < VECS; ++j) {
+      S* out = c + i * ldc + j * kLanes<S>;
+      store(out, ACCUMULATE ? load(out) + acc[i][j] : acc[i][j]);
+    }
 }
 
 }  // namespace fastformer::FASTFORMER_ISA

@@ -1,0 +1,116 @@
+"""BERT of transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.models.bert import modeling_bert as stock
+
+from fastformer.integrations import layers
+from fastformer.integrations.fused import CHILDREN, SWAPS, UNSUPPORTED, Fused, Path, fuse
+from fastformer.integrations.huggingface import (
+    WANTS_WEIGHTS,
+    attend,
+    attention_obstacles,
+    request_weights,
+    takes,
+)
+
+
+class BertModel(Fused):
+    def forward(self, *args: Any, **kwargs: Any):
+        request_weights(self, [layer.attention.self for layer in self.encoder.layer], kwargs)
+        return super().forward(*args, **kwargs)
+
+    def _create_attention_masks(self, attention_mask, encoder_attention_mask, **kwargs: Any):
+        """An encoder's padding stays (B, 1, 1, S), which broadcasts over the queries."""
+        if (
+            attention_mask is None
+            or attention_mask.dim() != 2
+            or encoder_attention_mask is not None
+            or self.config.is_decoder
+            or self.config._attn_implementation != "sdpa"
+        ):
+            return super()._create_attention_masks(attention_mask, encoder_attention_mask, **kwargs)
+        mask = attention_mask.to(device=kwargs["embedding_output"].device, dtype=torch.bool)
+        if not torch.compiler.is_compiling() and mask.all():
+            return None, None
+        return mask[:, None, None, :], None
+
+
+class BertSelfAttention(layers.BertSelfAttention):
+    own_obstacles = staticmethod(attention_obstacles)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        path, panels = self.choose(hidden_states, attention_mask)
+        if (path is Path.STOCK and WANTS_WEIGHTS not in kwargs) or not takes(kwargs):
+            return super().forward(hidden_states, attention_mask, past_key_values, **kwargs)
+        query, key, value = self.project(hidden_states, path, panels)
+        if past_key_values is not None:
+            if isinstance(past_key_values, EncoderDecoderCache):
+                past_key_values = past_key_values.self_attention_cache
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        dropout_p = self.dropout.p if self.training else 0.0
+        return attend(
+            self, query, key, value, attention_mask, dropout_p, path, stock.eager_attention_forward, kwargs
+        )
+
+
+BertOutput = fuse(stock.BertOutput, layers.BertOutput)
+
+
+class BertLayer(layers.BertLayer):
+    inner = {
+        **layers.BertLayer.inner,
+        "intermediate": {stock.BertIntermediate},
+        "output": {stock.BertOutput, BertOutput},
+    }
+
+    @staticmethod
+    def own_obstacles(module: nn.Module) -> list[str]:
+        return ["config.chunk_size_feed_forward is set"] if module.chunk_size_feed_forward else []
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if encoder_hidden_states is not None or self.chunk_size_feed_forward:
+            return super().forward(
+                hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values, **kwargs
+            )
+        output, _ = self.attention(hidden_states, attention_mask, past_key_values=past_key_values, **kwargs)
+        return self.feed_forward(output)
+
+    def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
+        return self.feed_forward(attention_output)
+
+
+SWAPS.update(
+    {
+        stock.BertModel: fuse(stock.BertModel, BertModel),
+        stock.BertSelfAttention: fuse(stock.BertSelfAttention, BertSelfAttention),
+        stock.BertSelfOutput: fuse(stock.BertSelfOutput, layers.BertOutput),
+        stock.BertOutput: BertOutput,
+        stock.BertLayer: fuse(stock.BertLayer, BertLayer),
+        stock.BertPredictionHeadTransform: fuse(
+            stock.BertPredictionHeadTransform, layers.BertPredictionHeadTransform
+        ),
+    }
+)
+CHILDREN[stock.BertEmbeddings, "LayerNorm"] = fuse(nn.LayerNorm, layers.LayerNorm)
+CHILDREN[stock.BertLMPredictionHead, "decoder"] = fuse(nn.Linear, layers.Linear)
+UNSUPPORTED[stock.BertCrossAttention] = "cross-attention is not fused"

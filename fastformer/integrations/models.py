@@ -1,0 +1,86 @@
+"""The reference models, fastformer.models."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastformer.integrations import layers
+from fastformer.integrations.fused import CHILDREN, SWAPS, Path, fuse
+from fastformer.models import bert, gpt
+
+
+class BertSelfAttention(layers.BertSelfAttention):
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        path, panels = self.choose(hidden_states, attention_mask)
+        if path is Path.STOCK:
+            return super().forward(hidden_states, attention_mask)
+        query, key, value = self.project(hidden_states, path, panels)
+        dropout_p = self.dropout.p if self.training else 0.0
+        return layers.attention(
+            query, key, value, attention_mask, dropout_p=dropout_p, scale=query.shape[-1] ** -0.5, path=path
+        )
+
+
+BertOutput = fuse(bert.BertOutput, layers.BertOutput)
+
+
+class BertLayer(layers.BertLayer):
+    inner = {
+        **layers.BertLayer.inner,
+        "intermediate": {bert.BertIntermediate},
+        "output": {bert.BertOutput, BertOutput},
+    }
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.feed_forward(self.attention(hidden_states, attention_mask))
+
+
+class GptAttention(layers.GptAttention):
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, past: gpt.KeyValue | None = None
+    ) -> tuple[Tensor, gpt.KeyValue]:
+        path, panels = self.choose(hidden_states, attention_mask)
+        if path is Path.STOCK:
+            return super().forward(hidden_states, attention_mask, past)
+        query, key, value = self.project(hidden_states, path, panels)
+        if past is not None:
+            key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
+        context = layers.attention(
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout_p=self.attn_dropout.p if self.training else 0.0,
+            scale=self.scaling,
+            window_size=(-1, 0),  # causal, the last query at the last key
+            path=path,
+        )
+        return self.finish(context, path, panels), (key, value)
+
+
+class GptBlock(layers.GptBlock):
+    inner = {**layers.GptBlock.inner, "mlp": {gpt.GptMLP}}
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, past: gpt.KeyValue | None = None
+    ) -> tuple[Tensor, gpt.KeyValue]:
+        attention_output, present = self.attn(self.ln_1(hidden_states), attention_mask, past)
+        return self.feed_forward(attention_output, hidden_states), present
+
+
+SWAPS.update(
+    {
+        bert.BertSelfAttention: fuse(bert.BertSelfAttention, BertSelfAttention),
+        bert.BertOutput: BertOutput,
+        bert.BertLayer: fuse(bert.BertLayer, BertLayer),
+        bert.BertPredictionHeadTransform: fuse(bert.BertPredictionHeadTransform, layers.BertPredictionHeadTransform),
+        gpt.GptAttention: fuse(gpt.GptAttention, GptAttention),
+        gpt.GptBlock: fuse(gpt.GptBlock, GptBlock),
+    }
+)
+CHILDREN[bert.BertEmbeddings, "LayerNorm"] = fuse(nn.LayerNorm, layers.LayerNorm)
+CHILDREN[bert.BertLMPredictionHead, "decoder"] = fuse(nn.Linear, layers.Linear)
+CHILDREN[gpt.GptBlock, "ln_1"] = fuse(nn.LayerNorm, layers.LayerNorm)
+CHILDREN[gpt.GptModel, "ln_f"] = fuse(nn.LayerNorm, layers.LayerNorm)
+CHILDREN[gpt.GptLMHeadModel, "lm_head"] = fuse(nn.Linear, layers.Linear)
