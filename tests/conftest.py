@@ -1,4 +1,4 @@
-"""What all tests share. This folder is on sys.path (pytest puts a conftest's there): ``from accuracy import ...`` works."""
+"""What all tests share."""
 
 from collections.abc import Iterator
 

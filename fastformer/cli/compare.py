@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -24,6 +25,7 @@ from torch import nn
 
 import fastformer
 from fastformer import backends
+from fastformer.accelerate import Report
 from fastformer.cli import machine
 from fastformer.cli.errors import UserError
 from fastformer.cli.measure import (
@@ -36,7 +38,7 @@ from fastformer.cli.measure import (
     peak_memory,
     time_interleaved,
 )
-from fastformer.cli.workloads import Inputs, Workload, default_workloads, text_workload
+from fastformer.cli.workloads import Workload, default_workloads, text_workload
 
 LEGEND = """\
 error    largest |output - float64|; float64 is eager PyTorch on the same weights and inputs in that type
@@ -74,7 +76,7 @@ class Row:
     tokens: int
     accuracy: Accuracy
     contenders: dict[str, Contender]  # "eager" and "fused"
-    report: str  # what was swapped and what was left
+    report: Report  # what was swapped and what was left, after the runs
 
     @property
     def ratio(self) -> float:
@@ -158,30 +160,30 @@ def measure(workload: Workload, dtype: torch.dtype, seconds: float, announce: An
 
     for inputs, ref64 in zip(all_inputs, references, strict=True):
         announce(f"{workload.name}: {inputs.name}")
-        fused, report = accelerated(model, workload.name)  # a new copy, so that its first call is a cold one
+        fused = accelerated(model, workload.name)  # a new copy, so that its first call is a cold one
         forwards = {"eager": partial(inputs.forward, model), "fused": partial(inputs.forward, fused)}
         with torch.inference_mode():
-            row = measure_row(workload, inputs, ref64, forwards, seconds, report)
-        yield row
+            judged, contenders = measure_forwards(forwards, ref64, seconds)
+        yield Row(workload.name, inputs.name, inputs.tokens, judged, contenders, fastformer.report(fused))
 
 
-def accelerated(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """An accelerated copy of the model, and the report on it."""
+def accelerated(model: nn.Module, name: str) -> nn.Module:
+    """An accelerated copy of the model."""
     try:
-        fused = fastformer.accelerate(copy.deepcopy(model))
-    except (NotImplementedError, TypeError, ValueError) as error:
+        with warnings.catch_warnings(action="ignore"):  # that nothing was swapped: said below
+            fused = fastformer.accelerate(copy.deepcopy(model))
+    except (NotImplementedError, ValueError) as error:
         raise UserError(f"{name}: {error}") from None
-    return fused, str(fastformer.report(fused))
+    report = fastformer.report(fused)
+    if not report.fused:
+        reasons = dict.fromkeys(reason for row in report.left for reason in row.reasons)
+        raise UserError(f"{name}: nothing in it can be fused: {'; '.join(reasons)}")
+    return fused
 
 
-def measure_row(
-    workload: Workload,
-    inputs: Inputs,
-    ref64: torch.Tensor,
-    forwards: dict[str, Forward],
-    seconds: float,
-    report: str,
-) -> Row:
+def measure_forwards(
+    forwards: dict[str, Forward], ref64: torch.Tensor, seconds: float
+) -> tuple[Accuracy, dict[str, Contender]]:
     gc.collect()  # no measurement pays for what an earlier row left
     first = {name: first_call(forward) for name, forward in forwards.items()}
     outputs = {name: forward() for name, forward in forwards.items()}
@@ -189,8 +191,7 @@ def measure_row(
     memory = {name: peak_memory(forward) for name, forward in forwards.items()}
     timings = time_interleaved(forwards, seconds)
     errors = {"eager": judged.eager, "fused": judged.fused}
-    contenders = {name: Contender(errors[name], timings[name], memory[name], first[name]) for name in forwards}
-    return Row(workload.name, inputs.name, inputs.tokens, judged, contenders, report)
+    return judged, {name: Contender(errors[name], timings[name], memory[name], first[name]) for name in forwards}
 
 
 def agree(rows: list[Row]) -> bool:
@@ -205,6 +206,8 @@ def show(rows: list[Row], settings: dict[str, Any]) -> None:
     console.print(table(rows))
     console.print(LEGEND, style="dim")
     console.print()
+    for workload, report in {row.workload: row.report for row in rows if row.report.left}.items():
+        console.print(f"not all of {workload} is fused:\n{report}\n", style="yellow", markup=False, soft_wrap=True)
     if any(contender.timing.spread > NOISY for row in rows for contender in row.contenders.values()):
         console.print("latencies vary a lot: is something else running on this machine?", style="yellow")
     if agree(rows):
@@ -271,7 +274,7 @@ def as_json(rows: list[Row], settings: dict[str, Any]) -> dict[str, Any]:
                 "agree": row.accuracy.agree,
                 "allowed_error": finite(row.accuracy.allowed),
                 "ratio": row.ratio,
-                "report": row.report,
+                "report": str(row.report),
                 "contenders": {
                     name: {
                         "error": finite(contender.error),

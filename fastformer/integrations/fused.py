@@ -249,10 +249,6 @@ def fuse(stock: type[nn.Module], mixin: type[Fused]) -> type[Fused]:
     return type(stock.__name__, (mixin, stock), {**names, "stock": stock})
 
 
-def swap(module: nn.Module, fused: type[Fused]) -> None:
-    module.__class__ = fused
-
-
 def unswap(module: Fused) -> None:
     """Gives a module its stock class back, or, where another library has subclassed ours (FSDP2), a class as that library
     would have made it of the stock class."""

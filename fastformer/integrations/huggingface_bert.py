@@ -111,6 +111,6 @@ SWAPS.update(
         ),
     }
 )
-CHILDREN[stock.BertEmbeddings, "LayerNorm"] = fuse(nn.LayerNorm, layers.LayerNorm)
-CHILDREN[stock.BertLMPredictionHead, "decoder"] = fuse(nn.Linear, layers.Linear)
+CHILDREN[stock.BertEmbeddings, "LayerNorm"] = layers.FUSED_LAYER_NORM
+CHILDREN[stock.BertLMPredictionHead, "decoder"] = layers.FUSED_LINEAR
 UNSUPPORTED[stock.BertCrossAttention] = "cross-attention is not fused"

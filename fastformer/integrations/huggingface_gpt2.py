@@ -86,6 +86,6 @@ SWAPS.update(
     }
 )
 for _owner, _name in ((stock.GPT2Block, "ln_1"), (stock.GPT2Model, "ln_f")):
-    CHILDREN[_owner, _name] = fuse(nn.LayerNorm, layers.LayerNorm)
+    CHILDREN[_owner, _name] = layers.FUSED_LAYER_NORM
 for _owner in (stock.GPT2LMHeadModel, stock.GPT2DoubleHeadsModel):
-    CHILDREN[_owner, "lm_head"] = fuse(nn.Linear, layers.Linear)
+    CHILDREN[_owner, "lm_head"] = layers.FUSED_LINEAR

@@ -18,6 +18,7 @@ from fastformer.integrations.fused import (
     Path,
     activation_of,
     dropout_p,
+    fuse,
     weight_of,
 )
 
@@ -118,6 +119,10 @@ class Linear(Fused):
         if path is Path.STOCK:
             return super().forward(input)
         return linear(self, input, path, *panels or (None,))
+
+
+FUSED_LAYER_NORM = fuse(nn.LayerNorm, LayerNorm)
+FUSED_LINEAR = fuse(nn.Linear, Linear)
 
 
 class BertSelfAttention(Fused):

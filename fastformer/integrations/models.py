@@ -79,8 +79,8 @@ SWAPS.update(
         gpt.GptBlock: fuse(gpt.GptBlock, GptBlock),
     }
 )
-CHILDREN[bert.BertEmbeddings, "LayerNorm"] = fuse(nn.LayerNorm, layers.LayerNorm)
-CHILDREN[bert.BertLMPredictionHead, "decoder"] = fuse(nn.Linear, layers.Linear)
-CHILDREN[gpt.GptBlock, "ln_1"] = fuse(nn.LayerNorm, layers.LayerNorm)
-CHILDREN[gpt.GptModel, "ln_f"] = fuse(nn.LayerNorm, layers.LayerNorm)
-CHILDREN[gpt.GptLMHeadModel, "lm_head"] = fuse(nn.Linear, layers.Linear)
+CHILDREN[bert.BertEmbeddings, "LayerNorm"] = layers.FUSED_LAYER_NORM
+CHILDREN[bert.BertLMPredictionHead, "decoder"] = layers.FUSED_LINEAR
+CHILDREN[gpt.GptBlock, "ln_1"] = layers.FUSED_LAYER_NORM
+CHILDREN[gpt.GptModel, "ln_f"] = layers.FUSED_LAYER_NORM
+CHILDREN[gpt.GptLMHeadModel, "lm_head"] = layers.FUSED_LINEAR

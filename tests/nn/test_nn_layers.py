@@ -122,6 +122,8 @@ def test_decoder_masks(norm_first):
     assert_agree(ours, theirs, inputs("decoder"), {"tgt_is_causal": True, **masks}, {"tgt_mask": causal(S), **masks})
     memory_masks = {"tgt_mask": causal(S), "memory_mask": torch.randn(S, SOURCE)}
     assert_agree(ours, theirs, inputs("decoder"), memory_masks)
+    seen = {"memory_mask": causal(S)[:, :SOURCE]}
+    assert_agree(ours, theirs, inputs("decoder"), {"memory_is_causal": True}, seen)
 
 
 def test_padding_reaches_nothing():
@@ -349,7 +351,9 @@ def test_call_errors():
         layer(src, src_key_padding_mask=torch.ones(S, B, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"attn_mask: expected shape \(17, 17\) or \(9, 17, 17\), got \(1, 17, 16\)"):
         layer(src, torch.ones(1, S, S - 1, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"memory: expected \(batch, length, 48\) or \(length, 48\), got \(3, 13, 47\)"):
+    with pytest.raises(
+        ValueError, match=r"memory: expected \(batch, length, 48\) or \(length, 48\), got \(3, 13, 47\)"
+    ):
         pair("decoder")[0](src, torch.randn(B, SOURCE, E - 1))
     with pytest.raises(ValueError, match=r"input: expected \(length, batch, 48\) or \(length, 48\), got \(48,\)"):
         nn.SelfAttention(E, HEADS)(torch.randn(E))

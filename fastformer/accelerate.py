@@ -1,0 +1,200 @@
+"""accelerate, restore, report, repack: the fused layers into a model, and out again."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import nn
+
+from fastformer import integrations, library, packing
+from fastformer.integrations import fused
+from fastformer.integrations.fused import Fused
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A module that can be fused, or a kind of module that can't."""
+
+    name: str  # its path in the model, "" for the model itself
+    module: str  # its class
+    swapped: bool
+    reasons: tuple[str, ...]  # why it was left; of a swapped module: what has come up since, and sends it down the stock path
+
+    @property
+    def fused(self) -> bool:
+        return self.swapped and not self.reasons
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was swapped and what was left, module by module; `str()` is a table, equal layers in one line."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def fused(self) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if row.fused)
+
+    @property
+    def left(self) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if not row.fused)
+
+    def __str__(self) -> str:
+        lines = [
+            (name, row.module, "fused" if row.fused else "stock: " + "; ".join(row.reasons or ("not accelerated",)))
+            for name, row in _grouped(self.rows)
+        ]
+        if not lines:
+            return "nothing in this model can be fused"
+        widths = [max(len(line[column]) for line in lines) for column in (0, 1)]
+        table = [f"{name:{widths[0]}}  {module:{widths[1]}}  {state}" for name, module, state in lines]
+        return "\n".join([*table, f"{len(self.fused)} of {len(self.rows)} modules fused"])
+
+
+def accelerate(model: Model, *, strict: bool = False) -> Model:
+    """Runs the attention, feed-forward and layer-norm layers of a BERT or GPT-2 on fused kernels, in place.
+
+    The classes of the layers are swapped for subclasses with the same names; parameters, config and state_dict are as
+    before, and so are checkpoints, hooks, generate and Trainer. Each call chooses: with gradients, in training and under
+    autocast the differentiable ops of :mod:`fastformer.ops`; otherwise, on CPUs, the same with weights that are packed at
+    the first call and kept beside the layers, which takes as much memory again as the layers' weights (in float32: 16-bit
+    weights take twice as much); under ``fastformer.backend("torch")``, and where something inside a layer is no longer what
+    it was, the layer's stock forward.
+
+    A deepcopy of the model is accelerated too, a pickle of it is of the stock classes. `restore` undoes it; to accelerate
+    a model twice is to do it once. Wrap with FSDP2 afterwards: it gives classes other names.
+
+    Args:
+        model: of transformers (BERT, GPT-2) or of fastformer.models, or any module with such models inside.
+        strict: raise if any layer would be left on its stock forward.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: nothing in the model is known.
+        NotImplementedError: strict, and a layer would be left: with every reason, and nothing is swapped; or a version of
+            transformers that is too old.
+    """
+    candidates = _candidates(model)
+    if not candidates:
+        raise ValueError(f"model: {type(model).__name__} has no layer that fastformer knows; it takes {integrations.SUPPORTED}")
+    rows = [_row(candidate) for candidate in candidates]
+    left = [row for row in rows if row.reasons]
+    if strict and left:
+        raise NotImplementedError(f"strict: some layers would be left on their stock forward\n{Report(tuple(left))}")
+    if len(left) == len(rows):
+        reasons = dict.fromkeys(reason for row in left for reason in row.reasons)
+        warnings.warn(f"fastformer.accelerate swapped nothing: {'; '.join(reasons)}", stacklevel=2)
+    for candidate, row in zip(candidates, rows, strict=True):
+        if not row.swapped and not row.reasons:
+            candidate.module.__class__ = candidate.cls
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Gives every layer its stock class back, and drops the packed weights. Returns the model; parameters stay as they are."""
+    for module in model.modules():
+        if isinstance(module, Fused):
+            fused.unswap(module)
+    return model
+
+
+def report(model: nn.Module) -> Report:
+    """What of a model is fused, what is not, and why."""
+    return Report(tuple(map(_row, _candidates(model))))
+
+
+def repack(model: nn.Module) -> None:
+    """Drops the packed weights of a model; its next inference packs them anew.
+
+    To be called after single elements of a weight were edited through `.data`, or in place under inference_mode: nothing
+    else goes unnoticed.
+    """
+    for module in model.modules():
+        packing.drop(module)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    name: str
+    module: nn.Module
+    cls: type[Fused] | None  # what it is swapped for
+    reason: str | None = None  # why there is no cls
+
+
+def _candidates(model: nn.Module) -> list[_Candidate]:
+    integrations.load()
+    found = []
+    for name, module in model.named_modules():
+        if candidate := _candidate(name, module):
+            found.append(candidate)
+        for (owner, child_name), cls in fused.CHILDREN.items():
+            child = module._modules.get(child_name)
+            if isinstance(module, owner) and child is not None and not isinstance(child, Fused):
+                name_of_child = f"{name}.{child_name}".lstrip(".")
+                if type(child) is cls.stock:
+                    found.append(_Candidate(name_of_child, child, cls))
+                else:
+                    found.append(_Candidate(name_of_child, child, None, _foreign(child, cls.stock)))
+    return found
+
+
+def _candidate(name: str, module: nn.Module) -> _Candidate | None:
+    if isinstance(module, Fused):
+        return _Candidate(name, module, type(module))
+    if type(module) in fused.SWAPS:
+        return _Candidate(name, module, fused.SWAPS[type(module)])
+    for stock, reason in fused.UNSUPPORTED.items():
+        if isinstance(module, stock):
+            return _Candidate(name, module, None, reason)
+    for stock in fused.SWAPS:
+        if isinstance(module, stock):
+            return _Candidate(name, module, None, _foreign(module, stock))
+    return None
+
+
+def _foreign(module: nn.Module, stock: type[nn.Module]) -> str:
+    cls = type(module)
+    advice = " (accelerate before fully_shard)" if cls.__name__.startswith("FSDP") else ""
+    return f"is a {cls.__module__}.{cls.__qualname__}, not a {stock.__name__}{advice}"
+
+
+def _row(candidate: _Candidate) -> Row:
+    module, cls = candidate.module, candidate.cls
+    if cls is None:
+        reasons = [candidate.reason]
+    elif not library.available():
+        reasons = [library.why_unavailable()]
+    else:
+        reasons = fused.survey(module, cls)[0] + fused.parameter_obstacles(module, cls)
+    return Row(candidate.name, type(module).__name__, isinstance(module, Fused), tuple(reasons))
+
+
+def _grouped(rows: tuple[Row, ...]) -> Iterator[tuple[str, Row]]:
+    """One row of each kind, under a name with the range of the layers that it stands for: encoder.layer.0-11.output"""
+    groups: dict[tuple, list[tuple[int, Row]]] = {}
+    for row in rows:
+        number = re.search(r"(?<=\.)\d+(?=\.|$)", row.name)
+        pattern = row.name if number is None else row.name[: number.start()] + "*" + row.name[number.end() :]
+        key = pattern, row.module, row.fused, row.reasons
+        groups.setdefault(key, []).append((int(number.group()) if number else 0, row))
+    for (pattern, *_), members in groups.items():
+        yield pattern.replace("*", _ranges([number for number, _ in members])) or "(the model)", members[0][1]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2,5" """
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and parts[-1][-1] == number - 1:
+            parts[-1] = [parts[-1][0], number]
+        else:
+            parts.append([number])
+    return ",".join("-".join(map(str, part)) for part in parts)

@@ -1,0 +1,90 @@
+"""One call of every op and of its main options: what holds for all of them is tested on these."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from tensors import randn
+from torch import Tensor
+
+from fastformer import ops
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str
+    shapes: dict[str, tuple[int, ...]]  # of the tensors by name
+    options: Callable[[], dict]
+
+    def tensors(self, dtype: torch.dtype = torch.float32, scale: int = 1) -> dict[str, Tensor]:
+        """Random ones; the first dimension of what is no weight is `scale` times as large."""
+        scaled = ("input", "residual", "query", "key", "value")
+        sizes = {name: (s[0] * scale, *s[1:]) if name in scaled else s for name, s in self.shapes.items()}
+        return {name: randn(*size, dtype=dtype) / len(size) for name, size in sizes.items()}
+
+    def __call__(self, **tensors: Tensor) -> tuple[Tensor, ...]:
+        outputs = getattr(ops, self.op)(**tensors, **self.options())
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def _case(op: str, shapes: dict[str, tuple[int, ...]], **options) -> Case:
+    return Case(op, shapes, lambda: {name: x() if callable(x) else x for name, x in options.items()})
+
+
+_LAYER_NORM = {"input": (6, 5, 20), "weight": (20,), "bias": (20,)}
+_LINEAR = {"input": (6, 5, 20), "weight": (36, 20), "bias": (36,), "residual": (6, 5, 36)}
+_FEED_FORWARD = {
+    "input": (6, 5, 20),
+    "weight1": (40, 20),
+    "bias1": (40,),
+    "weight2": (24, 40),
+    "bias2": (24,),
+    "residual": (6, 5, 24),
+}
+_ATTENTION = {"query": (2, 4, 9, 8), "key": (2, 4, 11, 8), "value": (2, 4, 11, 10)}
+_GROUPED = {"query": (2, 4, 9, 8), "key": (2, 2, 11, 8), "value": (2, 2, 11, 10)}
+_PACKED = {"query": (14, 4, 8), "key": (16, 2, 8), "value": (16, 2, 10)}
+
+
+def padding_mask() -> Tensor:
+    """(B, 1, 1, Sk) bool: the second sequence has 6 keys."""
+    return (torch.arange(11) < torch.tensor([11, 6])[:, None])[:, None, None]
+
+
+def bounds(*values: int) -> Callable[[], Tensor]:
+    return lambda: torch.tensor(values, dtype=torch.int32)
+
+
+CASES = {
+    "layer_norm": _case("layer_norm", _LAYER_NORM, normalized_shape=20),
+    "layer_norm of two dimensions": _case(
+        "layer_norm", {"input": (6, 5, 4), "weight": (5, 4), "bias": (5, 4)}, normalized_shape=(5, 4)
+    ),
+    "layer_norm without weight": _case("layer_norm", {"input": (6, 5, 20)}, normalized_shape=20),
+    "add_layer_norm": _case("add_layer_norm", _LAYER_NORM | {"residual": (6, 5, 20)}, normalized_shape=20),
+    "add_layer_norm, dropout": _case(
+        "add_layer_norm", _LAYER_NORM | {"residual": (6, 5, 20)}, normalized_shape=20, dropout_p=0.3
+    ),
+    "linear": _case("linear", _LINEAR),
+    "linear, no bias": _case("linear", {"input": (6, 5, 20), "weight": (36, 20)}),
+    "linear, gelu, dropout": _case("linear", _LINEAR, activation="gelu", dropout_p=0.3),
+    "feed_forward": _case("feed_forward", _FEED_FORWARD),
+    "feed_forward, dropout": _case("feed_forward", _FEED_FORWARD, hidden_dropout_p=0.2, dropout_p=0.3),
+    "feed_forward, no activation": _case("feed_forward", _FEED_FORWARD, activation=None),
+    "attention": _case("scaled_dot_product_attention", _ATTENTION),
+    "attention, causal, dropout": _case("scaled_dot_product_attention", _ATTENTION, is_causal=True, dropout_p=0.3),
+    "attention, padding mask": _case("scaled_dot_product_attention", _ATTENTION, attn_mask=padding_mask),
+    "attention, float mask": _case(
+        "scaled_dot_product_attention", _ATTENTION, attn_mask=lambda: torch.linspace(-1, 1, 99).view(9, 11)
+    ),
+    "attention, grouped, window": _case(
+        "scaled_dot_product_attention", _GROUPED, enable_gqa=True, window_size=(3, 2), scale=0.4
+    ),
+    "varlen_attn": _case(
+        "varlen_attn", _PACKED, cu_seq_q=bounds(0, 5, 14), cu_seq_k=bounds(0, 9, 16), max_q=9, max_k=9, enable_gqa=True
+    ),
+    "varlen_attn, causal, dropout": _case(
+        "varlen_attn", _PACKED, cu_seq_q=bounds(0, 5, 14), cu_seq_k=bounds(0, 5, 16), max_q=9, max_k=11,
+        enable_gqa=True, window_size=(-1, 0), dropout_p=0.3,
+    ),
+}  # fmt: skip
