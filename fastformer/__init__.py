@@ -6,7 +6,8 @@
 """
 
 from fastformer import nn, ops, reference
+from fastformer.accelerate import accelerate, repack, report, restore
 from fastformer.backends import backend
 from fastformer.version import __version__
 
-__all__ = ["__version__", "backend", "nn", "ops", "reference"]
+__all__ = ["__version__", "accelerate", "backend", "nn", "ops", "reference", "repack", "report", "restore"]

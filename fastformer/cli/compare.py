@@ -170,7 +170,8 @@ def measure(workload: Workload, dtype: torch.dtype, seconds: float, announce: An
 def accelerated(model: nn.Module, name: str) -> nn.Module:
     """An accelerated copy of the model."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # that nothing was swapped: said below
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that nothing was swapped: said below
             fused = fastformer.accelerate(copy.deepcopy(model))
     except (NotImplementedError, ValueError) as error:
         raise UserError(f"{name}: {error}") from None

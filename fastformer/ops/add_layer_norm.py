@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -71,7 +72,8 @@ def add_layer_norm(
 
 def _fake(input, residual, weight, bias, eps, dropout_p, seed):
     output = input.new_empty(input.shape, dtype=torch.promote_types(input.dtype, residual.dtype))
-    statistics = input.new_empty(input.shape[:-1].numel(), dtype=compute_dtype(output.dtype))
+    rows = math.prod(input.shape[:-1])  # Size.numel() would make a number of a symbolic size
+    statistics = input.new_empty(rows, dtype=compute_dtype(output.dtype))
     return output, torch.empty_like(output), statistics, torch.empty_like(statistics)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -67,7 +68,8 @@ def as_rows(shape: tuple[int, ...], *tensors: Tensor | None) -> tuple[Tensor | N
 
 
 def _fake(input, weight, bias, eps):
-    statistics = input.new_empty(input.shape[:-1].numel(), dtype=compute_dtype(input.dtype))
+    rows = math.prod(input.shape[:-1])  # Size.numel() would make a number of a symbolic size
+    statistics = input.new_empty(rows, dtype=compute_dtype(input.dtype))
     return torch.empty_like(input, memory_format=torch.contiguous_format), statistics, torch.empty_like(statistics)
 
 

@@ -16,10 +16,9 @@ TEXT = "the cat sat on the mat\nthe dog ran\n\n  a cat and a dog slept and then 
 
 
 @pytest.fixture(autouse=True)
-def settings_as_before() -> Iterator[None]:
-    threads, verbosity = torch.get_num_threads(), transformers.logging.get_verbosity()
+def logging_as_before() -> Iterator[None]:
+    verbosity = transformers.logging.get_verbosity()
     yield
-    torch.set_num_threads(threads)
     transformers.logging.set_verbosity(verbosity)
     transformers.logging.enable_progress_bar()
 

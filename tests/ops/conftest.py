@@ -9,8 +9,9 @@ import fastformer
 
 @pytest.fixture(autouse=True)
 def kernels() -> Iterator[None]:
-    """The kernels are what is tested here, also where plain PyTorch would be chosen because it is faster (few rows)."""
-    with fastformer.backend("cpu"):
+    """The kernels are what is tested here, also where plain PyTorch would be chosen because it is faster (few rows); strict:
+    nothing falls back to it unseen."""
+    with fastformer.backend("cpu", strict=True):
         yield
 
 

@@ -7,23 +7,36 @@
 
 namespace fastformer::FASTFORMER_ISA {
 
-// The upper 32 bits of the products.
-FF_INLINE Vec<uint32_t> mulhi(Vec<uint32_t> a, uint32_t b) {
-  const Vec<uint64_t> even = (bit_cast<Vec<uint64_t>>(a) & 0xffffffffu) * uint64_t(b);
-  const Vec<uint64_t> odd = (bit_cast<Vec<uint64_t>>(a) >> 32) * uint64_t(b);
-  return bit_cast<Vec<uint32_t>>((even >> 32) | (odd & 0xffffffff00000000u));
+// The products of the lower halves of each 64 bits.
+FF_INLINE Vec<uint64_t> multiply_lower(Vec<uint64_t> a, uint32_t b) {
+#if defined(__AVX512F__)
+  return (Vec<uint64_t>)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
+#elif defined(__AVX2__)
+  return (Vec<uint64_t>)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
+#else
+  return (a & 0xffffffffu) * uint64_t(b);
+#endif
+}
+
+// The upper and the lower 32 bits of the products.
+FF_INLINE void multiply(Vec<uint32_t> a, uint32_t b, Vec<uint32_t>& high, Vec<uint32_t>& low) {
+  const Vec<uint64_t> even = multiply_lower(bit_cast<Vec<uint64_t>>(a), b);
+  const Vec<uint64_t> odd = multiply_lower(bit_cast<Vec<uint64_t>>(a) >> 32, b);
+  high = bit_cast<Vec<uint32_t>>((even >> 32) | (odd & 0xffffffff00000000u));
+  low = bit_cast<Vec<uint32_t>>((even & 0xffffffffu) | (odd << 32));
 }
 
 // Random bits of 64 consecutive columns (block = column / 64) at counter words c1, c2, c3: bits[column % 64].
 FF_INLINE void philox_block(uint64_t seed, uint32_t block, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t bits[64]) {
   constexpr int kLanes32 = kLanes<float>;
   for (int lane = 0; lane < 16; lane += kLanes32) {
-    Vec<uint32_t> x0, x1 = Vec<uint32_t>{} + c1, x2 = Vec<uint32_t>{} + c2, x3 = Vec<uint32_t>{} + c3;
-    for (int i = 0; i < kLanes32; ++i) x0[i] = block * 16 + uint32_t(lane + i);
+    Vec<uint32_t> x0 = bit_cast<Vec<uint32_t>>(lane_numbers<float>()) + (block * 16 + uint32_t(lane));
+    Vec<uint32_t> x1 = Vec<uint32_t>{} + c1, x2 = Vec<uint32_t>{} + c2, x3 = Vec<uint32_t>{} + c3;
     uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
     for (int round = 0; round < 10; ++round) {
-      const Vec<uint32_t> hi0 = mulhi(x0, 0xD2511F53u), lo0 = x0 * 0xD2511F53u;
-      const Vec<uint32_t> hi1 = mulhi(x2, 0xCD9E8D57u), lo1 = x2 * 0xCD9E8D57u;
+      Vec<uint32_t> hi0, lo0, hi1, lo1;
+      multiply(x0, 0xD2511F53u, hi0, lo0);
+      multiply(x2, 0xCD9E8D57u, hi1, lo1);
       x0 = hi1 ^ x1 ^ k0;
       x1 = lo1;
       x2 = hi0 ^ x3 ^ k1;
@@ -54,9 +67,10 @@ struct RowDropout {
       block = uint32_t(column / 64);
       philox_block(dropout.seed, block, c1, c2, c3, bits);
     }
-    const uint32_t* b = bits + column % 64;
-    IntVec<S> keep;
-    for (int i = 0; i < kLanes<S>; ++i) keep[i] = b[i] >= dropout.threshold ? -1 : 0;
+    typedef uint32_t Words __attribute__((vector_size(4 * kLanes<S>)));
+    Words words;
+    memcpy(&words, bits + column % 64, sizeof(words));
+    const IntVec<S> keep = __builtin_convertvector(words >= dropout.threshold, IntVec<S>);
     return keep ? x * S(dropout.scale) : Vec<S>{};
   }
 };

@@ -49,6 +49,18 @@ template <class S> using IntVec = Vec<typename IntType<S>::type>;
 template <class S> FF_INLINE Vec<S> splat(S x) { return x - Vec<S>{}; }
 template <class S> FF_INLINE Vec<S> zero() { return Vec<S>{}; }
 
+// 0, 1, 2 ...: a literal, because the compiler folds what is computed from it, but not a vector filled in a loop.
+template <class S> FF_INLINE IntVec<S> lane_numbers() {
+  if constexpr (kLanes<S> == 16)
+    return IntVec<S>{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  else if constexpr (kLanes<S> == 8)
+    return IntVec<S>{0, 1, 2, 3, 4, 5, 6, 7};
+  else if constexpr (kLanes<S> == 4)
+    return IntVec<S>{0, 1, 2, 3};
+  else
+    return IntVec<S>{0, 1};
+}
+
 template <class To, class From> FF_INLINE To bit_cast(From x) {
   static_assert(sizeof(To) == sizeof(From));
   To y;
@@ -160,9 +172,7 @@ template <class T> FF_INLINE void store_n(T* p, Vec<compute_t<T>> x, int n) {
 // ---- reductions over the lanes, in a fixed order ----
 
 template <class S> FF_INLINE Vec<S> swap_halves(Vec<S> x, int step) {
-  Vec<typename IntType<S>::type> index;
-  for (int i = 0; i < kLanes<S>; ++i) index[i] = i ^ step;
-  return __builtin_shuffle(x, index);
+  return __builtin_shuffle(x, lane_numbers<S>() ^ typename IntType<S>::type(step));
 }
 template <class S> FF_INLINE S sum(Vec<S> x) {
 #pragma GCC unroll 4
@@ -184,11 +194,10 @@ template <class S> FF_INLINE void transpose(Vec<S> x[kLanes<S>]) {
   constexpr int n = kLanes<S>;
 #pragma GCC unroll 4
   for (int step = 1; step < n; step *= 2) {
-    IntVec<S> even, odd;  // lanes of the pair (x[i], x[i + step]), numbered 0 to 2 n - 1
-    for (int l = 0; l < n; ++l) {
-      even[l] = l & step ? n + l - step : l;
-      odd[l] = l & step ? n + l : l + step;
-    }
+    using Int = typename IntType<S>::type;
+    const IntVec<S> lane = lane_numbers<S>(), second = (lane & Int(step)) != 0;
+    const IntVec<S> even = second ? lane + Int(n - step) : lane;  // lanes of the pair (x[i], x[i + step]),
+    const IntVec<S> odd = second ? lane + Int(n) : lane + Int(step);  // numbered 0 to 2 n - 1
 #pragma GCC unroll 16
     for (int i = 0; i < n; ++i) {
       if (i & step) continue;
