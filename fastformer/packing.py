@@ -1,8 +1,9 @@
 """Weights in the layout that the CPU kernels read, made at the first inference and kept beside the module that uses them.
 
 They are no part of the module's state: state_dict, pickle and deepcopy do not see them; `.to()`, `load_state_dict` and
-`train()` drop them. They hold for the very parameters that they were made from, as long as nothing says that a value changed:
+`train()` drop them. They hold as long as nothing says that something changed:
 
+- the modules inside are the same, and without hooks;
 - each parameter's address and version counter, which every edit but those through `.data` moves on;
 - the number of optimizer steps in this process, because fused optimizers move no version counter;
 - the instruction set in use, which sets the layout;
@@ -34,38 +35,64 @@ register_optimizer_step_post_hook(_count_step)
 
 
 class Packed:
-    """The packed weights of one module.
+    """The packed weights of one module, and all that they depend on.
 
     Args:
-        parameters: all that the module's fused forward reads: they are watched.
-        groups: matrices (out_features, in_features) of one dtype; those of a group have the same input and are laid out one
-            after the other, as one matrix.
+        module: whose fused forward they are for.
+        children: the modules inside that this forward does not call: where each stands (a module's `_modules`, a name).
+        groups: matrices (out_features, in_features) of one dtype, out of the parameters of the module and these children;
+            those of a group have the same input and are laid out one after the other, as one matrix.
     """
 
-    __slots__ = ("panels", "dtype", "in_features", "_matrices", "_stamps", "_steps", "_isa")
+    __slots__ = ("panels", "children", "dtype", "in_features", "_places", "_stamps", "_matrices", "_steps", "_isa")
 
-    def __init__(self, parameters: Sequence[nn.Parameter | None], groups: Sequence[Sequence[Tensor]]):
-        self._stamps = [None if p is None else (p, p.data_ptr(), _version(p)) for p in parameters]
+    def __init__(self, module: nn.Module, children: Sequence[tuple[dict, str]], groups: Sequence[Sequence[Tensor]]):
         self._steps = _steps
         self._isa = _raw.isa()
+        self._places = [(modules, name, modules[name], modules[name].__class__) for modules, name in children]
+        self.children = [child for _, _, child, _ in self._places]
+        self._stamps = [
+            (owner._parameters, name, parameter, *_state(parameter))
+            for owner in (module, *self.children)
+            for name, parameter in owner._parameters.items()
+        ]
         self._matrices = [[matrix.detach() for matrix in group] for group in groups]
         self.panels = [_raw.pack_weight(g[0] if len(g) == 1 else torch.cat(g)) for g in self._matrices]
         self.dtype, self.in_features = (groups[0][0].dtype, groups[0][0].shape[1]) if groups else (None, None)
 
-    def holds_for(self, parameters: Sequence[nn.Parameter | None]) -> bool:
-        if self._steps != _steps or self._isa != _raw.isa() or len(parameters) != len(self._stamps):
+    def hold(self) -> bool:
+        """Are all modules, parameters and values what they were? (In some microseconds: this is asked at every call.)"""
+        if self._steps != _steps or self._isa != _raw.isa():
             return False
-        for parameter, stamp in zip(parameters, self._stamps, strict=True):
-            if stamp is None:
-                if parameter is not None:
-                    return False
-            elif parameter is not stamp[0] or parameter.data_ptr() != stamp[1] or _version(parameter) != stamp[2]:
+        for modules, name, child, cls in self._places:
+            if modules.get(name) is not child or child.__class__ is not cls or child.training or is_hooked(child):
+                return False
+        for parameters, name, parameter, address, version in self._stamps:
+            if parameters.get(name) is not parameter:
+                return False
+            if address is not None and parameter.data_ptr() != address:
+                return False
+            if version is not None and parameter._version != version:
                 return False
         return all(map(_raw.is_packed, self._matrices, self.panels))
 
 
-def _version(parameter: nn.Parameter) -> int:
-    return -1 if parameter.is_inference() else parameter._version  # inference tensors count no versions
+def _state(parameter: nn.Parameter | None) -> tuple[int | None, int | None]:
+    """Address and version counter; inference tensors have no counter."""
+    if parameter is None:
+        return None, None
+    return parameter.data_ptr(), None if parameter.is_inference() else parameter._version
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Would a call of the module do more, or other, than its class's forward?"""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
 
 
 def why_not_packed() -> str | None:

@@ -72,45 +72,61 @@ class Fused:
         """The matrices to pack, see `packing.Packed`. ValueError: the sizes inside do not fit together."""
         return []
 
-    def choose(self, *inputs: Tensor | None) -> tuple[Path, Sequence[Tensor]]:
-        """The path of this call and, for PACKED, the packed weights. `inputs`: hidden states, and what meets them."""
+    def choose(self, *inputs: Tensor | None) -> tuple[Path, packing.Packed | None]:
+        """The path of this call and, for PACKED, the weights. `inputs`: hidden states, and what meets them."""
         backend, strict = backends._requested()
-        x = inputs[0]
         if backend == "torch":
-            return Path.STOCK, ()
+            return Path.STOCK, None
+        x = inputs[0]
+        if not torch.compiler.is_compiling() and self._infers(x, backend):
+            packed = packing.kept(self)
+            if packed is not None and not torch.is_grad_enabled() and packed.hold():
+                fits = packed.dtype is None or (x.dtype == packed.dtype and x.shape[-1] == packed.in_features)
+                return (Path.PACKED, packed) if fits else (Path.STOCK, None)
+        return self._choose_slowly(inputs, backend, strict)
+
+    def _infers(self, x: Tensor, backend: str | None) -> bool:
+        """Is this call, as far as can be told without the parameters, one for packed weights?"""
+        return (
+            type(x) is Tensor
+            and x.is_cpu
+            and not self.training
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.jit.is_tracing()
+            and backend in (None, "cpu")
+            and not _is_transformed()
+        )
+
+    def _choose_slowly(self, inputs, backend: str | None, strict: bool) -> tuple[Path, packing.Packed | None]:
+        x = inputs[0]
         obstacles, children = survey(self)
         if obstacles or x.device.type not in _DEVICES[backend]:
             _refuse(self, backend, strict, obstacles, x.device.type)
-            return Path.STOCK, ()
+            return Path.STOCK, None
         if torch.compiler.is_compiling():
-            return Path.OPS, ()
-        if type(x) is not Tensor:
-            return (Path.OPS if backends._is_traced(x) else Path.STOCK), ()
-        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-            return Path.STOCK, ()
-        parameters = [*self._parameters.values()]
-        for child in children:
-            parameters += child._parameters.values()
-        if (
-            self.training
-            or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, *parameters)))
-            or torch.is_autocast_enabled(x.device.type)
-            or x.device.type != "cpu"
-            or torch.jit.is_tracing()
-            or any(child.training and child.__class__ in DROPOUTS for child in children)
-        ):
-            if self.training:
-                packing.drop(self)
-            return Path.OPS, ()
-        packed = packing.kept(self)
-        if packed is None or not packed.holds_for(parameters):
+            return Path.OPS, None
+        if self.training:
             packing.drop(self)
-            if packing.why_not_packed():
-                return Path.OPS, ()
+        if _is_transformed() or (type(x) is not Tensor and not backends._is_traced(x)):
+            return Path.STOCK, None
+        parameters = [*self._parameters.values()]
+        for modules, name in children:
+            parameters += modules[name]._parameters.values()
+        if (
+            not self._infers(x, backend)
+            or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, *parameters)))
+            or any(modules[name].training for modules, name in children)
+            or packing.why_not_packed()
+        ):
+            return Path.OPS, None
+        packed = packing.kept(self)
+        if packed is None or not packed.hold():
+            packing.drop(self)
             packed = _pack(self, children, parameters)
-        if packed is None or (packed.panels and (x.dtype, x.shape[-1]) != (packed.dtype, packed.in_features)):
-            return Path.STOCK, ()  # which has its own words for what does not fit
-        return Path.PACKED, packed.panels
+        fits = packed is not None and (
+            packed.dtype is None or (x.dtype == packed.dtype and x.shape[-1] == packed.in_features)
+        )
+        return (Path.PACKED, packed) if fits else (Path.STOCK, None)
 
     def train(self, mode: bool = True):
         if mode:

@@ -93,6 +93,12 @@ struct ColumnSumsArgs {
   void* sums;
 };
 
+}  // namespace fastformer
+
+#include "attention_args.h"
+
+namespace fastformer {
+
 using LayerNormKernel = void(const LayerNormArgs&, int64_t row_begin, int64_t row_end);
 // Adds the rows' share to grad_weight and grad_bias (compute type, `columns` elements each).
 using LayerNormBackwardKernel = void(const LayerNormBackwardArgs&, int64_t row_begin, int64_t row_end,
@@ -115,6 +121,10 @@ struct Kernels {
   GemmScratchKernel* gemm_scratch_bytes;
   ActivationKernel* activation;
   ColumnSumsKernel* column_sums;
+  AttentionKernel* attention;
+  AttentionScratchKernel* attention_scratch_bytes;
+  AttentionBackwardKernel* attention_backward;
+  AttentionBackwardScratchKernel* attention_backward_scratch_bytes;
 };
 
 namespace baseline { extern const Kernels kernels; }

@@ -14,11 +14,16 @@ GemmKernel gemm;
 GemmScratchKernel gemm_scratch_bytes;
 ActivationKernel activation;
 ColumnSumsKernel column_sums;
+AttentionKernel attention;
+AttentionScratchKernel attention_scratch_bytes;
+AttentionBackwardKernel attention_backward;
+AttentionBackwardScratchKernel attention_backward_scratch_bytes;
 
 extern const Kernels kernels;
 const Kernels kernels = {
     FF_NAME(FASTFORMER_ISA), kTileVecs * kVecBytes, layer_norm, layer_norm_backward, pack, gemm, gemm_scratch_bytes,
     activation, column_sums,
+    attention, attention_scratch_bytes, attention_backward, attention_backward_scratch_bytes,
 };
 
 }  // namespace fastformer::FASTFORMER_ISA
