@@ -1,8 +1,8 @@
 """Fused attention, GELU feed-forward and layer-norm for BERT and GPT models in PyTorch.
 
-    model = fastformer.accelerate(model)    # in place; training, generate and checkpoints go on working
-    print(fastformer.report(model))
-    fastformer.restore(model)
+model = fastformer.accelerate(model)    # in place; training, generate and checkpoints go on working
+print(fastformer.report(model))
+fastformer.restore(model)
 """
 
 from fastformer import nn, ops, reference

@@ -1,7 +1,8 @@
 """The implementations of each op, what each takes, and the choice between them.
 
-Every backend has its own raw ops, ``torch.ops.fastformer_<backend>.<op>``; "torch" is plain PyTorch. A declaration below says
-what a raw op takes; the choice, the error texts, ``fastformer info`` and the tests' parameters come from these.
+Every backend has its own raw ops, ``torch.ops.fastformer_<backend>.<op>``; "torch" is plain PyTorch. A declaration
+below says what a raw op takes; the choice, the error texts, ``fastformer info`` and the tests' parameters come from
+these.
 """
 
 from __future__ import annotations
@@ -108,7 +109,8 @@ def backend(name: str, strict: bool = False) -> Iterator[None]:
     """Asks for one backend inside the block, in this thread: "cpu", "triton", "cuda" or "torch".
 
     A call that it can't take runs on the "torch" backend, which is said once; with ``strict=True`` it raises
-    NotImplementedError with every backend's reasons. The environment variable FASTFORMER_BACKEND asks for the whole process.
+    NotImplementedError with every backend's reasons. The environment variable FASTFORMER_BACKEND asks for the whole
+    process.
 
     Raises ValueError for an unknown name.
     """
@@ -141,8 +143,8 @@ _DEFAULT = {"cpu": ("cpu",), "cuda": ()}
 
 
 def choose(op: str, *tensors: Tensor | None, mask: Tensor | None = None, torch_is_faster: bool = False) -> str:
-    """The backend for a call of `op` on these floating tensors; `mask` is a float attn_mask. Where nothing is asked for,
-    `torch_is_faster` decides for plain PyTorch.
+    """The backend for a call of `op` on these floating tensors; `mask` is a float attn_mask. Where nothing is asked
+    for, `torch_is_faster` decides for plain PyTorch.
 
     Raises NotImplementedError where a backend was asked for strictly and can't take the call.
     """
@@ -170,7 +172,9 @@ def _explain(op: str, name: str | None, strict: bool, tensors: tuple[Tensor | No
             reasons.append(f"  {candidate}: {'; '.join(why)}")
     text = "\n".join(reasons)
     if strict:
-        raise NotImplementedError(f"fastformer.ops.{op}: backend {name!r} was asked for and can't take this call\n{text}")
+        raise NotImplementedError(
+            f"fastformer.ops.{op}: backend {name!r} was asked for and can't take this call\n{text}"
+        )
     _warn_once(f"fastformer.ops.{op} runs on plain PyTorch here, because no fused backend takes this call:\n{text}")
 
 

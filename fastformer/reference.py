@@ -1,21 +1,24 @@
 """Each op in a few lines of plain PyTorch: the specification that every kernel, fake and test answers to.
 
-Any device, any floating dtype (16-bit attention and layer-norm are computed in float32), differentiable by autograd. The signatures are those
-of :mod:`fastformer.ops`. Shapes: B batch, H heads, S sequence (Sq queries, Sk keys), D head size, M rows, N columns.
+Any device, any floating dtype (16-bit attention and layer-norm are computed in float32), differentiable by
+autograd. The signatures are those of :mod:`fastformer.ops`. Shapes: B batch, H heads, S sequence (Sq queries, Sk
+keys), D head size, M rows, N columns.
 
 Dropout
 -------
-Nothing is stored: whether an element is kept is a function of a 64-bit seed and of where the element is. The bits come from
-Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) with key (seed mod 2^32, seed div 2^32).
-A counter (c0, c1, c2, c3) gives four words of 32 bits, for four columns 16 apart; 64 neighbouring columns take 16 counters:
+Nothing is stored: whether an element is kept is a function of a 64-bit seed and of where the element is. The bits come
+from Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) with key
+(seed mod 2^32, seed div 2^32). A counter (c0, c1, c2, c3) gives four words of 32 bits, for four columns 16 apart;
+64 neighbouring columns take 16 counters:
 
     c0 = column div 64 * 16 + column mod 16,  word = column div 16 mod 4
     attention: column = key,                         (c1, c2, c3) = (query, query head, sequence of the batch)
     rows:      column = index in the last dimension, (c1, c2, c3) = (row mod 2^32, row div 2^32, 0)
 
-Query and key are positions inside their sequence, rows count over all leading dimensions. An element is kept where its word
-is >= min(round(p 2^32), 2^32 - 1), and scaled by 1 / (1 - p), or 0 for p = 1. Each public function draws one seed per dropout
-with torch's generator of the input's device, the hidden one first. ``philox4x32`` gives the published vectors:
+Query and key are positions inside their sequence, rows count over all leading dimensions. An element is kept where its
+word is >= min(round(p 2^32), 2^32 - 1), and scaled by 1 / (1 - p), or 0 for p = 1. Each public function draws one seed
+per dropout with torch's generator of the input's device, the hidden one first. ``philox4x32`` gives the published
+vectors:
 
     >>> [hex(int(w)) for w in philox4x32(0, 0, 0, 0, 0)]
     ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
@@ -129,7 +132,9 @@ def attention_keeps(
     return kept
 
 
-def _attention(query, key, value, attn_mask, dropout_p, is_causal, scale, window_size, seed, first_sequence=0) -> Tensor:
+def _attention(
+    query, key, value, attn_mask, dropout_p, is_causal, scale, window_size, seed, first_sequence=0
+) -> Tensor:
     """(B, H, S, D), as many key as query heads."""
     q, k, v = _widen(query), _widen(key), _widen(value)
     scores = q @ k.transpose(-2, -1) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
@@ -225,7 +230,9 @@ def add_layer_norm(
     rows = input.flatten(-len(normalized_shape)) if not isinstance(normalized_shape, int) else input
     s = _dropout(_widen(rows), dropout_p).view(input.shape) + _widen(residual)
     s = s.to(torch.promote_types(input.dtype, residual.dtype))
-    return layer_norm(s, (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape, weight, bias, eps), s
+    return layer_norm(
+        s, (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape, weight, bias, eps
+    ), s
 
 
 def linear(

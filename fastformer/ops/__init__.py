@@ -1,4 +1,4 @@
-"""The fused ops: one function, one file, one name in every layer. Their specification is :mod:`fastformer.reference`."""
+"""The fused ops: one function, one file, one name in every layer; :mod:`fastformer.reference` specifies them."""
 
 from fastformer.ops.add_layer_norm import add_layer_norm
 from fastformer.ops.feed_forward import feed_forward

@@ -40,8 +40,8 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """``s = dropout(input) + residual``; returns ``(layer_norm(s), s)``.
 
-    Post-norm models (BERT) use the first, pre-norm models (GPT-2) both. Dropout is always on where dropout_p > 0; its mask is
-    that of :mod:`fastformer.reference`.
+    Post-norm models (BERT) use the first, pre-norm models (GPT-2) both. Dropout is always on where dropout_p > 0;
+    its mask is that of :mod:`fastformer.reference`.
 
     Args:
         input, residual: (..., *normalized_shape), one shape; each float32, bfloat16, float16 or float64; any strides.
@@ -49,7 +49,8 @@ def add_layer_norm(
         dropout_p: probability that an element of input is dropped.
 
     Returns:
-        Two tensors of input's shape, in the wider of the two dtypes (a bfloat16 input and a float32 residual give float32).
+        Two tensors of input's shape, in the wider of the two dtypes (a bfloat16 input and a float32 residual give
+        float32).
 
     Raises:
         TypeError, ValueError: as :func:`layer_norm`; residual has another shape than input.

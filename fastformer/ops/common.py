@@ -26,8 +26,8 @@ def register(
 ) -> None:
     """Defines ``fastformer::<name>``, the differentiable op, on top of every backend's raw ``<name>``.
 
-    `schema` is that of the raw op; the differentiable op takes the backend's name as its last argument, so that the backward
-    runs where the forward did. `fake` serves both.
+    `schema` is that of the raw op; the differentiable op takes the backend's name as its last argument, so that the
+    backward runs where the forward did. `fake` serves both.
     """
     arguments, returns = schema.split(" -> ")
     _differentiable.define(f"{name}{arguments[:-1]}, str backend) -> {returns}")

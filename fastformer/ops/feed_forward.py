@@ -18,7 +18,7 @@ from fastformer.ops.common import (
     register,
     seed_for,
 )
-from fastformer.ops.linear import check_matrix, products_are_faster_in_torch, in_features
+from fastformer.ops.linear import check_matrix, in_features, products_are_faster_in_torch
 
 _SCHEMA = (
     "(Tensor input, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, str? activation,"
@@ -48,13 +48,13 @@ def feed_forward(
         weight1: (hidden_features, in_features), bias1: (hidden_features); input's dtype.
         weight2: (out_features, hidden_features), bias2: (out_features); input's dtype.
         activation: "gelu" (erf), "gelu_tanh", "relu", "silu" or None.
-        hidden_dropout_p, dropout_p: dropout of the hidden activation and of the output; always on where > 0. The masks are
-            those of :mod:`fastformer.reference`.
+        hidden_dropout_p, dropout_p: dropout of the hidden activation and of the output; always on where > 0. The
+            masks are those of :mod:`fastformer.reference`.
         residual: broadcasts to the output's shape; any floating dtype.
 
     Returns:
-        (..., out_features) in input's dtype (with a residual: the wider of the two). Under autocast the products are in the
-        autocast dtype.
+        (..., out_features) in input's dtype (with a residual: the wider of the two). Under autocast the products
+        are in the autocast dtype.
 
     Raises:
         TypeError: an operand is not floating, or the dtypes differ.
@@ -124,7 +124,7 @@ def _backward(ctx, grad_output, grad_pre_activation):
         grad_output, input, weight1, weight2, pre_activation, ctx.activation, ctx.hidden_dropout_p, hidden_seed,
         ctx.dropout_p, seed, *needs,
     )  # fmt: skip
-    grads = tuple(g if n else None for g, n in zip(grads, needs))
+    grads = tuple(g if n else None for g, n in zip(grads, needs, strict=True))
     grad_residual = grad_output if ctx.needs_input_grad[10] else None
     return (*grads, None, None, None, None, None, grad_residual, None)
 

@@ -86,7 +86,11 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_output, grad_mean, grad_rstd):
     grad_input, *grads = raw(ctx.backend).layer_norm_backward(grad_output, *ctx.saved_tensors)
-    return grad_input, *(None if dtype is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)), None
+    return (
+        grad_input,
+        *(None if dtype is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)),
+        None,
+    )
 
 
 register("layer_norm", _SCHEMA, _fake, _setup_context, _backward, _fake_backward)

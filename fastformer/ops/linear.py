@@ -47,8 +47,8 @@ def linear(
         residual: broadcasts to the output's shape; any floating dtype.
 
     Returns:
-        (..., out_features) in input's dtype (with a residual: the wider of the two). Under autocast the product is in the
-        autocast dtype.
+        (..., out_features) in input's dtype (with a residual: the wider of the two). Under autocast the product is
+        in the autocast dtype.
 
     Raises:
         TypeError: an operand is not floating, or the dtypes differ.
@@ -84,7 +84,7 @@ def in_features(input: Tensor) -> int:
 
 
 def products_are_faster_in_torch(input: Tensor) -> bool:
-    """Few rows, for which packing the weight at each call does not pay, and bfloat16 where the machine multiplies it."""
+    """Few rows, for which packing the weight at each call does not pay, and bfloat16 where the machine has it."""
     if input.device.type != "cpu":
         return False
     rows = input.shape[:-1].numel()
@@ -124,7 +124,7 @@ def _backward(ctx, grad_output, grad_pre_activation):
         grad_output, input, weight, pre_activation, ctx.activation, ctx.dropout_p, seed, *needs
     )
     grad_residual = grad_output if ctx.needs_input_grad[6] else None
-    return (*(g if n else None for g, n in zip(grads, needs)), None, None, None, grad_residual, None)
+    return (*(g if n else None for g, n in zip(grads, needs, strict=True)), None, None, None, grad_residual, None)
 
 
 register("linear", _SCHEMA, _fake, _setup_context, _backward, _fake_backward)

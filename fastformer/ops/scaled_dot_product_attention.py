@@ -41,19 +41,22 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """``dropout(softmax(scale * query @ key.mT + mask)) @ value``.
 
-    As ``torch.nn.functional.scaled_dot_product_attention``, with log-sum-exp tiles as in Dao, "FlashAttention-2", 2023. Beyond
+    As ``torch.nn.functional.scaled_dot_product_attention``, with log-sum-exp tiles as in Dao, "FlashAttention-2",
+    2023. Beyond
     torch: a row whose keys are all masked gives 0 with zero gradients, masks combine with is_causal, and window_size.
 
     Args:
-        query: (..., H, Sq, D), key: (..., H, Sk, D), value: (..., H, Sk, Dv); float32, bfloat16, float16 or float64; any
-            strides. With enable_gqa key and value may have fewer heads, a divisor of H.
-        attn_mask: broadcasts to (..., H, Sq, Sk) and is never materialized: a padding mask is (B, 1, 1, Sk). bool (True = keep),
-            a float tensor that is added to the scores, or torch.nn.attention.bias.causal_lower_right / causal_upper_left.
+        query: (..., H, Sq, D), key: (..., H, Sk, D), value: (..., H, Sk, Dv); float32, bfloat16, float16 or
+            float64; any strides. With enable_gqa key and value may have fewer heads, a divisor of H.
+        attn_mask: broadcasts to (..., H, Sq, Sk) and is never materialized: a padding mask is (B, 1, 1, Sk). bool
+            (True = keep), a float tensor that is added to the scores, or torch.nn.attention.bias.causal_lower_right
+            / causal_upper_left.
         dropout_p: dropout of the probabilities; always on where > 0. The mask is that of :mod:`fastformer.reference`.
         is_causal: query i sees the keys up to i (aligned to the top left).
         scale: 1 / sqrt(D) if None.
-        window_size: (left, right), how many keys a query sees on each side of its own position, aligned to the bottom right as
-            in :func:`varlen_attn`; -1 for all. (-1, 0) is causal for a chunk of queries after a KV cache.
+        window_size: (left, right), how many keys a query sees on each side of its own position, aligned to the
+            bottom right as in :func:`varlen_attn`; -1 for all. (-1, 0) is causal for a chunk of queries after a KV
+            cache.
 
     Returns:
         (..., H, Sq, Dv) in query's dtype, laid out in memory as (..., Sq, H, Dv). Under autocast in the autocast dtype.
@@ -186,7 +189,9 @@ def _fake(query, key, value, attn_mask, dropout_p, seed, is_causal, scale, windo
 def _fake_backward(
     grad_output, query, key, value, attn_mask, output, lse, dropout_p, seed, is_causal, scale, window_left, window_right
 ):
-    return tuple(x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (query, key, value))
+    return tuple(
+        x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (query, key, value)
+    )
 
 
 def _setup_context(ctx, inputs, output):

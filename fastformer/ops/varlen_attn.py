@@ -50,8 +50,8 @@ def varlen_attn(
         cu_seq_q, cu_seq_k: (B + 1) int32, where each sequence begins; the last is Tq or Tk.
         max_q, max_k: the longest sequence.
         scale: 1 / sqrt(D) if None.
-        window_size: (left, right), how many keys a query sees on each side of its own position, the last query at the last
-            key of its sequence; -1 for all. (-1, 0) is causal.
+        window_size: (left, right), how many keys a query sees on each side of its own position, the last query at
+            the last key of its sequence; -1 for all. (-1, 0) is causal.
         dropout_p: dropout of the probabilities; always on where > 0. The mask is that of the same sequences padded.
 
     Returns:
@@ -94,8 +94,10 @@ def _fake(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, dropout_p, seed, 
     return query.new_empty(tokens, heads, value.shape[-1]), lse
 
 
-def _fake_backward(grad_output, query, key, value, output, lse, cu_seq_q, cu_seq_k, max_q, max_k, dropout_p, seed, scale,
-                   window_left, window_right):  # fmt: skip
+def _fake_backward(
+    grad_output, query, key, value, output, lse, cu_seq_q, cu_seq_k, max_q, max_k, dropout_p, seed, scale,
+    window_left, window_right,
+):  # fmt: skip
     return tuple(x.new_empty(x.shape) for x in (query, key, value))
 
 
