@@ -5,7 +5,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 READY_214 := .venv-torch214/.ready
-PIP_INSTALL := -m pip install -qq --disable-pip-version-check
+# --no-compile: Python compiles the few modules that are used when it first imports them.
+PIP_INSTALL := -m pip install -qq --no-compile --disable-pip-version-check
 
 .PHONY: help setup build compare test test-full lint format bench torch214 wheel clean
 .DELETE_ON_ERROR:

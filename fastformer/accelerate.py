@@ -102,7 +102,7 @@ def restore(model: Model) -> Model:
     """Gives every layer its stock class back, and drops the packed weights. Returns the model; parameters stay as they are."""
     for module in model.modules():
         if isinstance(module, Fused):
-            fused.unswap(module)
+            fused.unfuse(module)
     return model
 
 
@@ -173,7 +173,7 @@ def _row(candidate: _Candidate) -> Row:
     elif not library.available():
         reasons = [library.why_unavailable()]
     else:
-        reasons = fused.survey(module, cls)[0] + fused.parameter_obstacles(module, cls)
+        reasons = fused.survey(module, cls)[0] + fused.dtype_obstacles(module, cls)
     return Row(candidate.name, type(module).__name__, isinstance(module, Fused), tuple(reasons))
 
 

@@ -199,13 +199,18 @@ def varlen_attn(
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     seed = draw_seed(query.device) if dropout_p > 0 else None
     bounds_q, bounds_k = cu_seq_q.tolist(), cu_seq_k.tolist()
+    for name, bounds, x in (("cu_seq_q", bounds_q, query), ("cu_seq_k", bounds_k, key)):
+        if bounds[0] != 0 or bounds[-1] != len(x) or bounds != sorted(bounds):
+            raise RuntimeError(f"{name}: expected to go up from 0 to {len(x)}, got {bounds}")
+    if len(bounds_q) == 1:
+        bounds_q = bounds_k = [0, 0]  # no sequence: as one that is empty
     outputs = []
     for i in range(len(bounds_q) - 1):
         q = query[bounds_q[i] : bounds_q[i + 1]].transpose(0, 1)[None]  # (1, H, S, D)
         k, v = (x[bounds_k[i] : bounds_k[i + 1]].transpose(0, 1)[None] for x in (key, value))
         output = _attention(q, k, v, None, dropout_p, False, scale, window_size, seed, first_sequence=i)
         outputs.append(output[0].transpose(0, 1))
-    return torch.cat(outputs) if outputs else query.new_empty(0, query.shape[1], value.shape[-1])
+    return torch.cat(outputs)
 
 
 def layer_norm(
@@ -213,7 +218,11 @@ def layer_norm(
 ) -> Tensor:
     """(input - mean) / sqrt(variance + eps) * weight + bias; see :func:`fastformer.ops.layer_norm`."""
     widened = (None if x is None else x.to(_widen(input).dtype) for x in (weight, bias))
-    return F.layer_norm(_widen(input), normalized_shape, *widened, eps).to(input.dtype)
+    return F.layer_norm(_widen(input), _as_tuple(normalized_shape), *widened, eps).to(input.dtype)
+
+
+def _as_tuple(normalized_shape) -> tuple[int, ...]:
+    return (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
 
 
 def add_layer_norm(
@@ -227,12 +236,10 @@ def add_layer_norm(
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """s = dropout(input) + residual; returns (layer_norm(s), s)."""
-    rows = input.flatten(-len(normalized_shape)) if not isinstance(normalized_shape, int) else input
+    rows = input.flatten(-len(_as_tuple(normalized_shape)))
     s = _dropout(_widen(rows), dropout_p).view(input.shape) + _widen(residual)
     s = s.to(torch.promote_types(input.dtype, residual.dtype))
-    return layer_norm(
-        s, (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape, weight, bias, eps
-    ), s
+    return layer_norm(s, normalized_shape, weight, bias, eps), s
 
 
 def linear(

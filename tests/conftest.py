@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import settings
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastformer import library
 
@@ -35,3 +36,24 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 def threads(request: pytest.FixtureRequest) -> int:
     torch.set_num_threads(request.param)
     return request.param
+
+
+class Recorder(TorchDispatchMode):
+    """Notes every operator that runs, with its arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[torch._ops.OpOverload, tuple]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls.append((func, args))
+        return func(*args, **kwargs or {})
+
+    def names(self) -> list[str]:
+        return [func.name() for func, _ in self.calls]
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    """Use it as a context manager."""
+    return Recorder()

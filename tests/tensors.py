@@ -9,10 +9,10 @@ LAYOUTS = ("transposed", "columns", "rows", "wider rows", "broadcast rows", "bro
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, layout: str = "contiguous") -> Tensor:
-    """Normal numbers of this shape (two dimensions or more, unless contiguous); what they are a view of is larger."""
+    """Normal numbers (or bools); a layout other than contiguous wants two dimensions or more."""
 
     def base(*sizes: int) -> Tensor:
-        return torch.randn(sizes).to(dtype)
+        return torch.randn(sizes) < 0.5 if dtype == torch.bool else torch.randn(sizes).to(dtype)
 
     if layout == "contiguous":
         return base(*shape)

@@ -32,7 +32,7 @@ Tensor new_rows(const Tensor& like, int64_t columns) {
   return transpose(empty({like.size(0), like.size(2), like.size(1), columns}, like.scalar_type()), 1, 2);
 }
 
-// cu_seq on the CPU, int32, from 0 up to at most `total`, never falling.
+// cu_seq on the CPU, int32, from 0 up to `total`, never falling.
 Tensor check_cu_seq(const Tensor& cu_seq, int64_t total, int64_t longest, const char* name) {
   STD_TORCH_CHECK(cu_seq.dim() == 1 && cu_seq.size(0) >= 1 && cu_seq.scalar_type() == ScalarType::Int, name,
                   " must be int32 of shape (sequences + 1,)");
@@ -42,27 +42,74 @@ Tensor check_cu_seq(const Tensor& cu_seq, int64_t total, int64_t longest, const 
   for (int64_t i = 1; i < checked.size(0); ++i)
     STD_TORCH_CHECK(p[i - 1] <= p[i] && p[i] - p[i - 1] <= longest, name, " must rise by 0 to ", longest,
                     " from sequence to sequence, got ", p[i - 1], " and ", p[i]);
-  STD_TORCH_CHECK(p[checked.size(0) - 1] <= total, name, " ends at ", p[checked.size(0) - 1], ", but there are ", total,
-                  " rows");
+  STD_TORCH_CHECK(p[checked.size(0) - 1] == total, name, " must end with the number of rows, ", total, ", got ",
+                  p[checked.size(0) - 1]);
   return checked;
 }
 
-// How the (sequence, kv head) pairs become tasks: several pairs in each, or several tasks for each pair.
-struct Tasks {
-  int64_t pairs, splits, count;
-};
-Tasks tasks_for(int64_t pairs, int64_t blocks) {
-  const int64_t wanted = 4 * torch::stable::get_num_threads();
-  if (wanted == 4) return {pairs, 1, 1};
-  if (pairs < wanted && pairs % (wanted / 4) != 0) 
-    return {1, std::clamp<int64_t>((wanted + pairs - 1) / std::max<int64_t>(pairs, 1), 1, std::max<int64_t>(blocks, 1)), 0};
-  return {1, 1, 1};
-}
-
+// Tasks of the forward: pairs of (sequence, kv head), several of them in one task or several tasks for one.
 void forward(const AttentionArgs& args) {
   const Kernels& k = kernels();
   const int64_t bytes = k.attention_scratch_bytes(args), pairs = args.sequences * args.kv_heads;
-  parallel_tasks(1, [&](int64_t task) { k.attention(args, 0, pairs, 0, 1, scratch(bytes)); });
+  const int64_t threads = torch::stable::get_num_threads();
+  if (threads == 1) return k.attention(args, 0, pairs, 0, 1, scratch(bytes));
+  const int64_t splits = pairs >= 4 * threads ? 1 : (4 * threads + pairs - 1) / std::max<int64_t>(pairs, 1);
+  const int64_t tasks = splits > 1 ? pairs : std::min(pairs, 16 * threads);
+  parallel_tasks(tasks * splits, [&](int64_t task) {
+    const int64_t t = task / splits;
+    k.attention(args, pairs * t / tasks, pairs * (t + 1) / tasks, task % splits, splits, scratch(bytes));
+  });
+}
+
+// Tasks of the backward: pairs of (sequence, kv head); where they are few, shares of their keys, then of their queries.
+void backward(const AttentionBackwardArgs& args) {
+  const Kernels& k = kernels();
+  const int64_t bytes = k.attention_backward_scratch_bytes(args), kv_heads = args.forward.kv_heads;
+  const int64_t pairs = args.forward.sequences * kv_heads, threads = torch::stable::get_num_threads();
+  const int64_t splits = threads == 1 || pairs >= 2 * threads ? 1 : (4 * threads + pairs - 1) / std::max<int64_t>(pairs, 1);
+  const auto run = [&](AttentionGradients wanted) {
+    parallel_tasks(pairs * splits, [&](int64_t task) {
+      const int64_t pair = task / splits;
+      k.attention_backward(args, wanted, pair / kv_heads, pair % kv_heads, task % splits, splits, scratch(bytes));
+    });
+  };
+  if (splits == 1) return run(AttentionGradients::all);
+  run(AttentionGradients::keys);
+  run(AttentionGradients::queries);
+}
+
+struct Options {
+  double dropout_p;
+  const std::optional<Tensor>& seed;
+  bool is_causal;
+  double scale;
+  int64_t window_left, window_right;
+};
+
+// Padded: (sequences, heads, rows, columns). Packed: (rows, heads, columns), with cu_seq_*.
+AttentionArgs padded_args(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask,
+                          const Options& o, const Tensor& result, const Tensor& lse) {
+  return {
+      .dtype = dtype_of(query), .sequences = query.size(0), .heads = query.size(1), .kv_heads = key.size(1),
+      .head_dim = query.size(3), .value_dim = value.size(3), .queries = query.size(2), .keys = key.size(2),
+      .cu_seq_q = nullptr, .cu_seq_k = nullptr, .query = input(query), .key = input(key), .value = input(value),
+      .mask = mask_of(mask), .is_causal = o.is_causal, .window_left = o.window_left, .window_right = o.window_right,
+      .dropout = make_dropout(o.dropout_p, o.seed), .scale = o.scale, .output = output(result),
+      .lse = {lse.mutable_data_ptr(), lse.stride(0), lse.stride(1), 1},
+  };
+}
+AttentionArgs packed_args(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cu_seq_q,
+                          const Tensor& cu_seq_k, int64_t max_q, int64_t max_k, const Options& o, const Tensor& result,
+                          const Tensor& lse) {
+  return {
+      .dtype = dtype_of(query), .sequences = cu_seq_q.size(0) - 1, .heads = query.size(1), .kv_heads = key.size(1),
+      .head_dim = query.size(2), .value_dim = value.size(2), .queries = max_q, .keys = max_k,
+      .cu_seq_q = cu_seq_q.const_data_ptr<int32_t>(), .cu_seq_k = cu_seq_k.const_data_ptr<int32_t>(),
+      .query = input(query), .key = input(key), .value = input(value), .mask = {},
+      .is_causal = o.is_causal, .window_left = o.window_left, .window_right = o.window_right,
+      .dropout = make_dropout(o.dropout_p, o.seed), .scale = o.scale, .output = output(result),
+      .lse = {lse.mutable_data_ptr(), 0, lse.stride(0), 1},
+  };
 }
 
 std::tuple<Tensor, Tensor> scaled_dot_product_attention(Tensor query, Tensor key, Tensor value,
@@ -70,24 +117,67 @@ std::tuple<Tensor, Tensor> scaled_dot_product_attention(Tensor query, Tensor key
                                                         std::optional<Tensor> seed, bool is_causal, double scale,
                                                         int64_t window_left, int64_t window_right) {
   query = adjacent(query), key = adjacent(key), value = adjacent(value);
-  const DType dtype = dtype_of(query);
   Tensor result = new_rows(query, value.size(3));
-  Tensor lse = empty({query.size(0), query.size(1), query.size(2)}, compute_type(dtype));
-  forward({
-      .dtype = dtype, .sequences = query.size(0), .heads = query.size(1), .kv_heads = key.size(1),
-      .head_dim = query.size(3), .value_dim = value.size(3), .queries = query.size(2), .keys = key.size(2),
-      .cu_seq_q = nullptr, .cu_seq_k = nullptr, .query = input(query), .key = input(key), .value = input(value),
-      .mask = mask_of(attn_mask), .is_causal = is_causal, .window_left = window_left, .window_right = window_right,
-      .dropout = make_dropout(dropout_p, seed), .scale = scale, .output = output(result),
-      .lse = {lse.mutable_data_ptr(), lse.stride(0), lse.stride(1), 1},
-  });
+  Tensor lse = empty({query.size(0), query.size(1), query.size(2)}, compute_type(dtype_of(query)));
+  const Options options = {dropout_p, seed, is_causal, scale, window_left, window_right};
+  forward(padded_args(query, key, value, attn_mask, options, result, lse));
   return {result, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> scaled_dot_product_attention_backward(
+    Tensor grad_output, Tensor query, Tensor key, Tensor value, std::optional<Tensor> attn_mask, Tensor result,
+    Tensor lse, double dropout_p, std::optional<Tensor> seed, bool is_causal, double scale, int64_t window_left,
+    int64_t window_right) {
+  query = adjacent(query), key = adjacent(key), value = adjacent(value), grad_output = adjacent(grad_output);
+  const Options options = {dropout_p, seed, is_causal, scale, window_left, window_right};
+  const Tensor grad_query = new_rows(query, query.size(3)), grad_key = new_rows(key, key.size(3)),
+               grad_value = new_rows(value, value.size(3));
+  backward({
+      .forward = padded_args(query, key, value, attn_mask, options, result, lse), .grad_output = input(grad_output),
+      .grad_query = output(grad_query), .grad_key = output(grad_key), .grad_value = output(grad_value),
+  });
+  return {grad_query, grad_key, grad_value};
+}
+
+std::tuple<Tensor, Tensor> varlen_attn(Tensor query, Tensor key, Tensor value, Tensor cu_seq_q, Tensor cu_seq_k,
+                                       int64_t max_q, int64_t max_k, double dropout_p, std::optional<Tensor> seed,
+                                       double scale, int64_t window_left, int64_t window_right) {
+  query = adjacent(query), key = adjacent(key), value = adjacent(value);
+  cu_seq_q = check_cu_seq(cu_seq_q, query.size(0), max_q, "cu_seq_q");
+  cu_seq_k = check_cu_seq(cu_seq_k, key.size(0), max_k, "cu_seq_k");
+  Tensor result = new_rows(query, value.size(2));
+  Tensor lse = empty({query.size(1), query.size(0)}, compute_type(dtype_of(query)));
+  const Options options = {dropout_p, seed, false, scale, window_left, window_right};
+  forward(packed_args(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, options, result, lse));
+  return {result, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> varlen_attn_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value,
+                                                        Tensor result, Tensor lse, Tensor cu_seq_q, Tensor cu_seq_k,
+                                                        int64_t max_q, int64_t max_k, double dropout_p,
+                                                        std::optional<Tensor> seed, double scale, int64_t window_left,
+                                                        int64_t window_right) {
+  query = adjacent(query), key = adjacent(key), value = adjacent(value), grad_output = adjacent(grad_output);
+  cu_seq_q = check_cu_seq(cu_seq_q, query.size(0), max_q, "cu_seq_q");
+  cu_seq_k = check_cu_seq(cu_seq_k, key.size(0), max_k, "cu_seq_k");
+  const Options options = {dropout_p, seed, false, scale, window_left, window_right};
+  const Tensor grad_query = new_rows(query, query.size(2)), grad_key = new_rows(key, key.size(2)),
+               grad_value = new_rows(value, value.size(2));
+  backward({
+      .forward = packed_args(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, options, result, lse),
+      .grad_output = input(grad_output), .grad_query = output(grad_query), .grad_key = output(grad_key),
+      .grad_value = output(grad_value),
+  });
+  return {grad_query, grad_key, grad_value};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastformer_cpu, CPU, m) {
   m.impl("scaled_dot_product_attention", TORCH_BOX(&scaled_dot_product_attention));
+  m.impl("scaled_dot_product_attention_backward", TORCH_BOX(&scaled_dot_product_attention_backward));
+  m.impl("varlen_attn", TORCH_BOX(&varlen_attn));
+  m.impl("varlen_attn_backward", TORCH_BOX(&varlen_attn_backward));
 }
 
 }  // namespace fastformer

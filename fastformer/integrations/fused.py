@@ -9,15 +9,16 @@ modules inside in place of calling them. So it looks at every call whether those
 from __future__ import annotations
 
 import copy
+import copyreg
 import enum
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from fastformer import backends, packing
+from fastformer import backends, library, packing
 
 # The classes that a fused forward knows how to do without calling them; integrations add those of their library.
 LINEARS: set[type[nn.Module]] = {nn.Linear}
@@ -68,8 +69,8 @@ class Fused:
         """What stops this very module, beside the modules inside."""
         return []
 
-    def groups(self) -> list[list[Tensor]]:
-        """The matrices to pack, see `packing.Packed`. ValueError: the sizes inside do not fit together."""
+    def groups(self) -> list[list[Tensor]] | None:
+        """The matrices to pack, see `packing.Packed`; None where the sizes inside do not fit together."""
         return []
 
     def choose(self, *inputs: Tensor | None) -> tuple[Path, packing.Packed | None]:
@@ -77,27 +78,32 @@ class Fused:
         backend, strict = backends._requested()
         if backend == "torch":
             return Path.STOCK, None
-        x = inputs[0]
-        if not torch.compiler.is_compiling() and self._infers(x, backend):
+        x, packed = inputs[0], None
+        if not torch.compiler.is_compiling() and not torch.is_grad_enabled() and self._infers(x, backend):
             packed = packing.kept(self)
-            if packed is not None and not torch.is_grad_enabled() and packed.hold():
-                fits = packed.dtype is None or (x.dtype == packed.dtype and x.shape[-1] == packed.in_features)
-                return (Path.PACKED, packed) if fits else (Path.STOCK, None)
-        return self._choose_slowly(inputs, backend, strict)
+        if packed is None or not packed.hold():
+            path, packed = self._choose_slowly(inputs, backend, strict)
+            if path is not Path.PACKED:
+                return path, None
+        if packed.dtype is not None and (x.dtype != packed.dtype or x.shape[-1] != packed.in_features):
+            return Path.STOCK, None  # which has its own words for what does not fit
+        return Path.PACKED, packed
 
     def _infers(self, x: Tensor, backend: str | None) -> bool:
-        """Is this call, as far as can be told without the parameters, one for packed weights?"""
+        """Is this call one for packed weights, as far as can be told without the parameters?"""
         return (
             type(x) is Tensor
             and x.is_cpu
+            and backend in (None, "cpu")
+            and not (x.dtype == torch.bfloat16 and library.multiplies_bfloat16())  # then torch is faster
             and not self.training
             and not torch.is_autocast_enabled("cpu")
             and not torch.jit.is_tracing()
-            and backend in (None, "cpu")
             and not _is_transformed()
         )
 
     def _choose_slowly(self, inputs, backend: str | None, strict: bool) -> tuple[Path, packing.Packed | None]:
+        """As `choose`, with nothing known from the call before."""
         x = inputs[0]
         obstacles, children = survey(self)
         if obstacles or x.device.type not in _DEVICES[backend]:
@@ -109,24 +115,25 @@ class Fused:
             packing.drop(self)
         if _is_transformed() or (type(x) is not Tensor and not backends._is_traced(x)):
             return Path.STOCK, None
-        parameters = [*self._parameters.values()]
-        for modules, name in children:
-            parameters += modules[name]._parameters.values()
-        if (
-            not self._infers(x, backend)
-            or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, *parameters)))
-            or any(modules[name].training for modules, name in children)
-            or packing.why_not_packed()
-        ):
+        owners = [self, *(modules[name] for modules, name in children)]
+        parameters = [p for owner in owners for p in owner._parameters.values() if p is not None]
+        needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, *parameters))
+        if needs_grad or not self._infers(x, backend) or any(o.training for o in owners) or packing.why_not_packed():
             return Path.OPS, None
         packed = packing.kept(self)
         if packed is None or not packed.hold():
             packing.drop(self)
-            packed = _pack(self, children, parameters)
-        fits = packed is not None and (
-            packed.dtype is None or (x.dtype == packed.dtype and x.shape[-1] == packed.in_features)
-        )
-        return (Path.PACKED, packed) if fits else (Path.STOCK, None)
+            packed = self._pack(children, owners, parameters)
+        return (Path.STOCK, None) if packed is None else (Path.PACKED, packed)
+
+    def _pack(self, children, owners, parameters) -> packing.Packed | None:
+        """None where the CPU's raw ops can't take the parameters, for they check nothing themselves."""
+        if any(not p.is_cpu or p.dtype not in _FLOATS for p in parameters) or not all(map(_sizes_fit, owners[1:])):
+            return None
+        groups = self.groups()
+        if groups is None or len({matrix.dtype for group in groups for matrix in group}) > 1:
+            return None
+        return packing.keep(self, packing.Packed(self, children, groups))
 
     def train(self, mode: bool = True):
         if mode:
@@ -148,67 +155,62 @@ class Fused:
 
     def __reduce_ex__(self, protocol: int):
         """A pickle holds the stock class: it can be read where fastformer is not installed."""
-        function, arguments, state, *rest = super().__reduce_ex__(protocol)
-        arguments = tuple(self.stock if argument is type(self) else argument for argument in arguments)
-        return function, arguments, packing.without_packed(state), *rest
+        state = packing.without_packed(self.__dict__)
+        return copyreg._reconstructor, (_unfused(type(self)), object, None), state
 
 
-def survey(module: nn.Module, fused: type[Fused] | None = None) -> tuple[list[str], list[nn.Module]]:
-    """What stops a module from being run as `fused` (its class, if None), and the modules inside that would not be called."""
+def survey(module: nn.Module, fused: type[Fused] | None = None) -> tuple[list[str], list[tuple[dict, str]]]:
+    """What stops a module from being run as `fused` (by default its class), and the modules inside that would not be called:
+    where each stands, the `_modules` of a module and a name."""
     fused = fused or type(module)
     obstacles, children = fused.own_obstacles(module), []
-    for name, parameter in module._parameters.items():
-        if parameter is not None and parameter.__class__ is not nn.Parameter:
-            obstacles.append(f"{name} is a {type(parameter).__name__}")
+    if obstacle := _parameter_obstacle(module):
+        obstacles.append(obstacle)
     for path, classes in fused._inner:
-        child = module
-        for name in path:
-            child = child._modules.get(name) if child is not None else None
+        owner = module
+        for name in path[:-1]:
+            owner = owner._modules.get(name) if owner is not None else None
+        child = owner._modules.get(path[-1]) if owner is not None else None
         if child is None:
-            obstacles.append(f"{'.'.join(path)} is no module")
-        elif obstacle := _obstacle(child, classes):
+            obstacle = "is no module"
+        elif child.__class__ not in classes:
+            obstacle = f"is a {child.__class__.__module__}.{child.__class__.__qualname__}"
+        elif packing.is_hooked(child):
+            obstacle = "has hooks"
+        else:
+            obstacle = _parameter_obstacle(child)
+        if obstacle:
             obstacles.append(f"{'.'.join(path)} {obstacle}")
         else:
-            children.append(child)
+            children.append((owner._modules, path[-1]))
     return obstacles, children
 
 
-def _obstacle(child: nn.Module, classes: Collection[type[nn.Module]]) -> str | None:
-    if child.__class__ not in classes:
-        return f"is a {child.__class__.__module__}.{child.__class__.__qualname__}"
-    if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
-        return "has hooks"
-    if "forward" in child.__dict__:
-        return "has a forward of its own"
-    for name, parameter in child._parameters.items():
+def _parameter_obstacle(module: nn.Module) -> str | None:
+    for name, parameter in module._parameters.items():
         if parameter is not None and parameter.__class__ is not nn.Parameter:
             return f"has a {type(parameter).__name__} as its {name}"
     return None
 
 
-def parameter_obstacles(module: nn.Module, fused: type[Fused]) -> list[str]:
-    """Dtypes and devices that no fused backend takes: they can change, so that they are looked at when classes are swapped,
-    and the ops look at them again."""
-    parameters = list(module._parameters.values())
-    for child in survey(module, fused)[1]:
-        parameters += child._parameters.values()
+def dtype_obstacles(module: nn.Module, fused: type[Fused]) -> list[str]:
+    """Dtypes and devices that no fused backend takes. They can change: the ops look at them at each call."""
+    owners = [module, *(modules[name] for modules, name in survey(module, fused)[1])]
     obstacles = []
-    for parameter in parameters:
-        if parameter is not None and parameter.dtype not in _FLOATS:
+    for parameter in (p for owner in owners for p in owner._parameters.values() if p is not None):
+        if parameter.dtype not in _FLOATS:
             obstacles.append(f"no fused backend takes {parameter.dtype}")
-        if parameter is not None and parameter.device.type not in _DEVICES[None]:
+        if parameter.device.type not in _DEVICES[None]:
             obstacles.append(f"no fused backend runs on {parameter.device.type}")
     return list(dict.fromkeys(obstacles))
 
 
 def _refuse(module: Fused, backend: str | None, strict: bool, obstacles: list[str], device: str) -> None:
-    """Says why a call runs on the stock forward: an obstacle inside is listed by the report, a missing backend is not."""
+    """Says why a call runs the stock forward. Obstacles inside are the report's business; that a backend is missing is not."""
     missing = device not in _DEVICES[backend]
-    if missing and backend and backend in backends.BACKENDS:
-        why = backends.why_unavailable(backend) or f"backend {backend!r} takes no {device} tensors"
-        obstacles = [*obstacles, why]
-    elif missing:
-        obstacles = [*obstacles, f"no fused backend runs on {device}"]
+    if missing:
+        why = backend and backends.why_unavailable(backend)
+        obstacles = [*obstacles, why or f"no fused backend runs on {device}"]
     text = f"{type(module).__name__} runs its stock forward: {'; '.join(obstacles)}"
     if strict:
         raise NotImplementedError(f"backend {backend!r} was asked for, but {text}")
@@ -216,15 +218,9 @@ def _refuse(module: Fused, backend: str | None, strict: bool, obstacles: list[st
         backends._warn_once(f"fastformer: {text}")
 
 
-def _pack(module: Fused, children: list[nn.Module], parameters: list[nn.Parameter | None]) -> packing.Packed | None:
-    """Packs a module's weights; None where the CPU's raw ops can't take them, for they check nothing themselves."""
-    given = [p for p in parameters if p is not None]
-    if any(p.device.type != "cpu" or p.dtype not in _FLOATS for p in given) or not all(map(_sizes_fit, children)):
-        return None
-    groups = module.groups()
-    if groups is None or len({matrix.dtype for group in groups for matrix in group}) > 1:
-        return None
-    return packing.keep(module, packing.Packed(parameters, groups))
+def _is_transformed() -> bool:
+    """Under torch.func or forward-mode differentiation, where the raw ops would drop the tangents."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _sizes_fit(child: nn.Module) -> bool:
@@ -265,9 +261,8 @@ def fuse(stock: type[nn.Module], mixin: type[Fused]) -> type[Fused]:
     return type(stock.__name__, (mixin, stock), {**names, "stock": stock})
 
 
-def unswap(module: Fused) -> None:
-    """Gives a module its stock class back, or, where another library has subclassed ours (FSDP2), a class as that library
-    would have made it of the stock class."""
+def unfuse(module: Fused) -> None:
+    """Gives a module its stock class back; where another library has subclassed ours since (FSDP2), that subclass of it."""
     packing.drop(module)
     module.__class__ = _unfused(type(module))
 

@@ -51,10 +51,10 @@ class BertSelfAttention(layers.BertSelfAttention):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        path, panels = self.choose(hidden_states, attention_mask)
+        path, packed = self.choose(hidden_states, attention_mask)
         if (path is Path.STOCK and WANTS_WEIGHTS not in kwargs) or not takes(kwargs):
             return super().forward(hidden_states, attention_mask, past_key_values, **kwargs)
-        query, key, value = self.project(hidden_states, path, panels)
+        query, key, value = self.project(hidden_states, path, packed)
         if past_key_values is not None:
             if isinstance(past_key_values, EncoderDecoderCache):
                 past_key_values = past_key_values.self_attention_cache
@@ -70,9 +70,9 @@ BertOutput = fuse(stock.BertOutput, layers.BertOutput)
 
 class BertLayer(layers.BertLayer):
     inner = {
-        **layers.BertLayer.inner,
         "intermediate": {stock.BertIntermediate},
         "output": {stock.BertOutput, BertOutput},
+        **layers.BertLayer.inner,
     }
 
     @staticmethod

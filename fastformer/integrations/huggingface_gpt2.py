@@ -33,12 +33,12 @@ class GPT2Attention(layers.GptAttention):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        path, panels = self.choose(hidden_states, attention_mask)
+        path, packed = self.choose(hidden_states, attention_mask)
         if (path is Path.STOCK and WANTS_WEIGHTS not in kwargs) or encoder_hidden_states is not None or not takes(kwargs):
             return super().forward(
                 hidden_states, past_key_values, attention_mask, encoder_hidden_states, *args, **kwargs
             )
-        query, key, value = self.project(hidden_states, path, panels)
+        query, key, value = self.project(hidden_states, path, packed)
         if past_key_values is not None:
             if isinstance(past_key_values, EncoderDecoderCache):
                 past_key_values = past_key_values.self_attention_cache
@@ -47,11 +47,11 @@ class GPT2Attention(layers.GptAttention):
         context, weights = attend(
             self, query, key, value, attention_mask, dropout_p, path, stock.eager_attention_forward, kwargs
         )
-        return self.finish(context, path, panels), weights
+        return self.finish(context, path, packed), weights
 
 
 class GPT2Block(layers.GptBlock):
-    inner = {**layers.GptBlock.inner, "mlp": {stock.GPT2MLP}}
+    inner = {"mlp": {stock.GPT2MLP}, **layers.GptBlock.inner}
 
     def forward(
         self,

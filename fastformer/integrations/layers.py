@@ -1,6 +1,8 @@
 """The fused forwards of BERT and GPT-2 layers, for every library whose modules have the names of transformers.
 
-Letters in shapes: B batch, Q queries, K keys, H heads, D head size, E = H D, N features inside the feed-forward.
+Each has two ways, see `fused.Path`: the differentiable ops, and the raw ops on packed weights, which need the call's overhead
+small: there parameters are read from the modules' dicts.
+Letters in shapes: B batch, Q queries, K keys, H heads, D head size, E = H D.
 """
 
 from __future__ import annotations
@@ -21,23 +23,24 @@ from fastformer.integrations.fused import (
     fuse,
     weight_of,
 )
+from fastformer.packing import Packed
 
 _raw = torch.ops.fastformer_cpu
 
 
-def linear(module: nn.Module, x: Tensor, path: Path, panels: Tensor | None, activation: str | None = None) -> Tensor:
-    """activation(module(x)) of a plain linear, on OPS or PACKED."""
+def linear(module: nn.Module, x: Tensor, panels: Tensor | None, activation: str | None = None) -> Tensor:
+    """activation(module(x)) of a plain linear; on its packed weight, if given."""
     weight, bias = weight_of(module), module._parameters["bias"]
-    if path is Path.PACKED:
-        return _raw.packed_linear(x, panels, weight.shape[0], bias, activation, None)
-    return ops.linear(x, weight, bias, activation=activation)
+    if panels is None:
+        return ops.linear(x, weight, bias, activation=activation)
+    return _raw.packed_linear(x, panels, weight.shape[0], bias, activation, None)
 
 
 def layer_norm(module: nn.LayerNorm, x: Tensor, path: Path) -> Tensor:
     weight, bias = module._parameters["weight"], module._parameters["bias"]
-    if path is Path.PACKED:
-        return _raw.layer_norm(x, weight, bias, module.eps)[0]
-    return ops.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
+    if path is Path.OPS:
+        return ops.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
+    return _raw.layer_norm(x, weight, bias, module.eps)[0]
 
 
 def attention(
@@ -46,7 +49,7 @@ def attention(
     value: Tensor,
     mask: Tensor | None,
     *,
-    dropout_p: float = 0.0,
+    dropout_p: float,
     is_causal: bool = False,
     scale: float,
     window_size: tuple[int, int] = (-1, -1),
@@ -58,9 +61,8 @@ def attention(
             mask = mask.expand(*query.shape[:3], key.shape[2])
             if mask.is_floating_point():
                 mask = mask.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
-        context = _raw.scaled_dot_product_attention(
-            query, key, value, mask, 0.0, None, is_causal, scale, *window_size
-        )[0]
+        arguments = query, key, value, mask, 0.0, None, is_causal, scale, *window_size
+        context = _raw.scaled_dot_product_attention(*arguments)[0]
     else:
         context = ops.scaled_dot_product_attention(
             query, key, value, mask, dropout_p, is_causal, scale, window_size=window_size
@@ -69,16 +71,26 @@ def attention(
 
 
 def _is_plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Can they go to the raw op unchecked? A cache may hold keys that need a gradient, or of another dtype."""
+    """Can they go to the raw op, which checks nothing? A cache may hold keys of another dtype, or that need a gradient."""
     for x in (key, value):
         if type(x) is not Tensor or x.requires_grad or x.dtype != query.dtype or x.device != query.device:
             return False
-    if key.shape[:-1] != value.shape[:-1] or key.shape[:2] != query.shape[:2] or key.shape[-1] != query.shape[-1]:
+    if key.shape != value.shape or key.shape[:2] != query.shape[:2] or key.shape[3] != query.shape[3]:
         return False
     return mask is None or (
         type(mask) is Tensor
         and (mask.dtype == torch.bool or (mask.is_floating_point() and not mask.requires_grad))
         and mask.device == query.device
+    )
+
+
+def is_residual(residual: Tensor, x: Tensor, features: int) -> bool:
+    """Can a raw op add it to (..., features) from x?"""
+    return (
+        type(residual) is Tensor
+        and residual.dtype == x.dtype
+        and residual.device == x.device
+        and residual.shape == (*x.shape[:-1], features)
     )
 
 
@@ -94,31 +106,34 @@ def split_qkv(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class LayerNorm(Fused):
-    """A layer-norm that no fused layer around it takes along."""
+    """A layer-norm that no fused layer takes along."""
 
     def groups(self):
-        sizes = {p.shape for p in self._parameters.values() if p is not None}
-        return [] if len(self.normalized_shape) == 1 and sizes <= {self.normalized_shape} else None
+        sizes = {tuple(p.shape) for p in self._parameters.values() if p is not None}
+        return [] if len(self.normalized_shape) == 1 and sizes <= {tuple(self.normalized_shape)} else None
 
     def forward(self, input: Tensor) -> Tensor:
         path, _ = self.choose(input)
-        if path is Path.STOCK or input.shape[-1:] != self.normalized_shape[-1:]:
+        if path is Path.STOCK or input.shape[-1:] != self.normalized_shape:
             return super().forward(input)
         return layer_norm(self, input, path)
 
 
 class Linear(Fused):
-    """A linear that no fused layer around it takes along: a language-model head."""
+    """A linear that no fused layer takes along: a language-model head."""
 
     def groups(self):
         fits = self.bias is None or self.bias.shape == self.weight.shape[:1]
         return [[self.weight]] if fits else None
 
     def forward(self, input: Tensor) -> Tensor:
-        path, panels = self.choose(input)
+        path, packed = self.choose(input)
         if path is Path.STOCK:
             return super().forward(input)
-        return linear(self, input, path, *panels or (None,))
+        weight, bias = self.weight, self.bias
+        if path is Path.OPS:
+            return ops.linear(input, weight, bias)
+        return _raw.packed_linear(input, packed.panels[0], weight.shape[0], bias, None, None)
 
 
 FUSED_LAYER_NORM = fuse(nn.LayerNorm, LayerNorm)
@@ -129,88 +144,86 @@ class BertSelfAttention(Fused):
     inner = {"query": LINEARS, "key": LINEARS, "value": LINEARS}
 
     def groups(self):
-        weights = [weight_of(child) for child in (self.query, self.key, self.value)]
-        biases = [child.bias is None for child in (self.query, self.key, self.value)]
-        fits = len({w.shape for w in weights}) == len(set(biases)) == 1 and weights[0].shape[0] % self.num_attention_heads == 0
-        return [weights] if fits else None
-
-    def project(self, x: Tensor, path: Path, panels) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value, (B, H, Q, D) each, of x (B, Q, E)."""
         children = self.query, self.key, self.value
+        weights = [weight_of(child) for child in children]
+        same = len({w.shape for w in weights}) == len({child.bias is None for child in children}) == 1
+        return [weights] if same and weights[0].shape[0] % self.num_attention_heads == 0 else None
+
+    def project(self, x: Tensor, path: Path, packed: Packed | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value, (B, H, Q, D) each, of x (B, Q, E)."""
         if path is Path.PACKED:
-            bias = None
-            if children[0].bias is not None:
-                bias = torch.cat([child.bias for child in children])
-            out_features = 3 * children[0].weight.shape[0]
-            qkv = _raw.packed_linear(x, panels[0], out_features, bias, None, None)
+            biases = [child._parameters["bias"] for child in packed.children]
+            bias = None if biases[0] is None else torch.cat(biases)
+            out_features = 3 * packed.children[0]._parameters["weight"].shape[0]
+            qkv = _raw.packed_linear(x, packed.panels[0], out_features, bias, None, None)
             return split_qkv(qkv, self.num_attention_heads)
-        if path is Path.OPS:
-            outputs = [linear(child, x, path, None) for child in children]
-        else:
-            outputs = [child(x) for child in children]
+        children = self.query, self.key, self.value
+        outputs = [child(x) if path is Path.STOCK else linear(child, x, None) for child in children]
         return tuple(split_heads(output, self.num_attention_heads) for output in outputs)
 
 
 class BertOutput(Fused):
     """LayerNorm(dropout(dense(x)) + residual)"""
 
-    inner = {"dense": LINEARS, "dropout": DROPOUTS, "LayerNorm": NORMS}
+    inner = {"dense": LINEARS, "LayerNorm": NORMS, "dropout": DROPOUTS}
 
     def groups(self):
         weight = weight_of(self.dense)
-        return [[weight]] if self.LayerNorm.normalized_shape == weight.shape[:1] else None
+        return [[weight]] if weight.shape[:1] == self.LayerNorm.normalized_shape else None
 
     def forward(self, hidden_states: Tensor, residual: Tensor) -> Tensor:
-        path, panels = self.choose(hidden_states, residual)
-        if path is Path.STOCK:
-            return super().forward(hidden_states, residual)
-        dense, norm = self.dense, self.LayerNorm
+        path, packed = self.choose(hidden_states, residual)
         if path is Path.PACKED:
-            out_features = dense.weight.shape[0]
-            if not _is_residual(residual, hidden_states, out_features):
-                return super().forward(hidden_states, residual)
-            total = _raw.packed_linear(hidden_states, panels[0], out_features, dense.bias, None, residual)
-            return layer_norm(norm, total, path)
-        output = linear(dense, hidden_states, path, None)
-        return ops.add_layer_norm(
-            output, residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps, dropout_p=dropout_p(self.dropout)
-        )[0]
+            dense, norm, _ = packed.children
+            features = norm.normalized_shape[0]
+            if is_residual(residual, hidden_states, features):
+                bias = dense._parameters["bias"]
+                total = _raw.packed_linear(hidden_states, packed.panels[0], features, bias, None, residual)
+                return layer_norm(norm, total, path)
+        if path is not Path.OPS:
+            return super().forward(hidden_states, residual)
+        output = linear(self.dense, hidden_states, None)
+        return post_norm(output, residual, self.dropout, self.LayerNorm)
+
+
+def post_norm(output: Tensor, residual: Tensor, dropout: nn.Dropout, norm: nn.LayerNorm) -> Tensor:
+    shape, p = norm.normalized_shape, dropout_p(dropout)
+    return ops.add_layer_norm(output, residual, shape, norm.weight, norm.bias, norm.eps, dropout_p=p)[0]
 
 
 class BertLayer(Fused):
-    """The feed-forward network and what follows it; `inner` names the classes of the containers in each library."""
+    """The feed-forward network with its layer-norm. `inner` of each library puts the classes of the two containers first."""
 
     inner = {
         "intermediate.dense": LINEARS,
         "intermediate.intermediate_act_fn": ACTIVATIONS,
         "output.dense": LINEARS,
-        "output.dropout": DROPOUTS,
         "output.LayerNorm": NORMS,
+        "output.dropout": DROPOUTS,
     }
 
     def groups(self):
         weight1, weight2 = weight_of(self.intermediate.dense), weight_of(self.output.dense)
-        fits = weight1.shape == weight2.shape[::-1] and self.output.LayerNorm.normalized_shape == weight2.shape[:1]
+        fits = weight1.shape == weight2.shape[::-1] and weight2.shape[:1] == self.output.LayerNorm.normalized_shape
         return [[weight1], [weight2]] if fits else None
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """output(intermediate(x), x)"""
-        path, panels = self.choose(x)
+        path, packed = self.choose(x)
         if path is Path.STOCK:
             return self.output(self.intermediate(x), x)
-        intermediate, output = self.intermediate, self.output
-        dense1, dense2, norm = intermediate.dense, output.dense, output.LayerNorm
-        activation = activation_of(intermediate.intermediate_act_fn)
         if path is Path.PACKED:
-            features = dense1.weight.shape
+            dense1, act, dense2, norm, _ = packed.children[2:]
+            hidden_features, features = dense1._parameters["weight"].shape
             total = _raw.packed_feed_forward(
-                x, panels[0], features[0], dense1.bias, panels[1], features[1], dense2.bias, activation, x
-            )
+                x, packed.panels[0], hidden_features, dense1._parameters["bias"],
+                packed.panels[1], features, dense2._parameters["bias"], activation_of(act), x,
+            )  # fmt: skip
             return layer_norm(norm, total, path)
-        hidden = ops.feed_forward(x, dense1.weight, dense1.bias, dense2.weight, dense2.bias, activation=activation)
-        return ops.add_layer_norm(
-            hidden, x, norm.normalized_shape, norm.weight, norm.bias, norm.eps, dropout_p=dropout_p(output.dropout)
-        )[0]
+        dense1, dense2 = self.intermediate.dense, self.output.dense
+        activation = activation_of(self.intermediate.intermediate_act_fn)
+        output = ops.feed_forward(x, dense1.weight, dense1.bias, dense2.weight, dense2.bias, activation=activation)
+        return post_norm(output, x, self.output.dropout, self.output.LayerNorm)
 
 
 class BertPredictionHeadTransform(Fused):
@@ -218,14 +231,15 @@ class BertPredictionHeadTransform(Fused):
 
     def groups(self):
         weight = weight_of(self.dense)
-        return [[weight]] if self.LayerNorm.normalized_shape == weight.shape[:1] else None
+        return [[weight]] if weight.shape[:1] == self.LayerNorm.normalized_shape else None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        path, panels = self.choose(hidden_states)
+        path, packed = self.choose(hidden_states)
         if path is Path.STOCK:
             return super().forward(hidden_states)
-        activation = activation_of(self.transform_act_fn)
-        return layer_norm(self.LayerNorm, linear(self.dense, hidden_states, path, *panels or (None,), activation), path)
+        panels = packed.panels[0] if packed else None
+        hidden_states = linear(self.dense, hidden_states, panels, activation_of(self.transform_act_fn))
+        return layer_norm(self.LayerNorm, hidden_states, path)
 
 
 class GptAttention(Fused):
@@ -233,64 +247,59 @@ class GptAttention(Fused):
 
     def groups(self):
         weight1, weight2 = weight_of(self.c_attn), weight_of(self.c_proj)
-        fits = weight1.shape == (3 * weight2.shape[1], weight2.shape[0]) and weight2.shape[1] % self.num_heads == 0
+        fits = weight1.shape[0] == 3 * weight2.shape[1] and weight2.shape[1] % self.num_heads == 0
         return [[weight1], [weight2]] if fits else None
 
-    def project(self, x: Tensor, path: Path, panels) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, path: Path, packed: Packed | None) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value, (B, H, Q, D) each, of x (B, Q, E)."""
-        qkv = self.c_attn(x) if path is Path.STOCK else linear(self.c_attn, x, path, panels[0] if panels else None)
+        qkv = self.c_attn(x) if path is Path.STOCK else linear(self.c_attn, x, packed and packed.panels[0])
         return split_qkv(qkv, self.num_heads)
 
-    def finish(self, context: Tensor, path: Path, panels) -> Tensor:
+    def finish(self, context: Tensor, path: Path, packed: Packed | None) -> Tensor:
         """resid_dropout(c_proj(context))"""
         if path is Path.STOCK:
             return self.resid_dropout(self.c_proj(context))
         if path is Path.PACKED and not context.requires_grad:
-            return linear(self.c_proj, context, path, panels[1])
-        weight, bias = weight_of(self.c_proj), self.c_proj.bias
-        return ops.linear(context, weight, bias, dropout_p=dropout_p(self.resid_dropout))
+            return linear(self.c_proj, context, packed.panels[1])
+        weight, bias, p = weight_of(self.c_proj), self.c_proj.bias, dropout_p(self.resid_dropout)
+        return ops.linear(context, weight, bias, dropout_p=p)
 
 
 class GptBlock(Fused):
-    """The residual sum and the feed-forward network; `inner` names the class of the container in each library."""
+    """The residual sum and the feed-forward network. `inner` of each library puts the class of the container first."""
 
     inner = {
-        "ln_2": NORMS,
         "mlp.c_fc": LINEARS,
         "mlp.act": ACTIVATIONS,
         "mlp.c_proj": LINEARS,
         "mlp.dropout": DROPOUTS,
+        "ln_2": NORMS,
     }
 
     def groups(self):
         weight1, weight2 = weight_of(self.mlp.c_fc), weight_of(self.mlp.c_proj)
-        fits = weight1.shape == weight2.shape[::-1] and self.ln_2.normalized_shape == weight2.shape[:1]
+        fits = weight1.shape == weight2.shape[::-1] and weight2.shape[:1] == self.ln_2.normalized_shape
         return [[weight1], [weight2]] if fits else None
 
     def feed_forward(self, attention_output: Tensor, residual: Tensor) -> Tensor:
         """x + mlp(ln_2(x)) for x = attention_output + residual"""
-        path, panels = self.choose(attention_output, residual)
-        if path is Path.PACKED and not _is_residual(residual, attention_output, residual.shape[-1]):
-            path = Path.STOCK
-        if path is Path.STOCK:
+        path, packed = self.choose(attention_output, residual)
+        if path is Path.PACKED and is_residual(residual, attention_output, packed.in_features):
+            linear1, act, linear2, _, norm = packed.children[1:]
+            weight1, weight2 = weight_of(linear1), weight_of(linear2)
+            weight, bias = norm._parameters["weight"], norm._parameters["bias"]
+            normed, x, *_ = _raw.add_layer_norm(attention_output, residual, weight, bias, norm.eps, 0.0, None)
+            return _raw.packed_feed_forward(
+                normed, packed.panels[0], weight1.shape[0], linear1._parameters["bias"],
+                packed.panels[1], weight2.shape[0], linear2._parameters["bias"], activation_of(act), x,
+            )  # fmt: skip
+        if path is not Path.OPS:
             x = attention_output + residual
             return x + self.mlp(self.ln_2(x))
         norm, mlp = self.ln_2, self.mlp
-        linear1, linear2, activation = mlp.c_fc, mlp.c_proj, activation_of(mlp.act)
-        weight1, weight2 = weight_of(linear1), weight_of(linear2)
-        if path is Path.PACKED:
-            normed, x, *_ = _raw.add_layer_norm(attention_output, residual, norm.weight, norm.bias, norm.eps, 0.0, None)
-            return _raw.packed_feed_forward(
-                normed, panels[0], weight1.shape[0], linear1.bias, panels[1], weight2.shape[0], linear2.bias, activation, x
-            )
-        normed, x = ops.add_layer_norm(
-            attention_output, residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps
-        )
+        shape = norm.normalized_shape
+        normed, x = ops.add_layer_norm(attention_output, residual, shape, norm.weight, norm.bias, norm.eps)
         return ops.feed_forward(
-            normed, weight1, linear1.bias, weight2, linear2.bias,
-            activation=activation, dropout_p=dropout_p(mlp.dropout), residual=x,
+            normed, weight_of(mlp.c_fc), mlp.c_fc.bias, weight_of(mlp.c_proj), mlp.c_proj.bias,
+            activation=activation_of(mlp.act), dropout_p=dropout_p(mlp.dropout), residual=x,
         )  # fmt: skip
-
-
-def _is_residual(residual: Tensor, x: Tensor, features: int) -> bool:
-    return type(residual) is Tensor and residual.dtype == x.dtype and residual.shape == (*x.shape[:-1], features)

@@ -12,10 +12,10 @@ from fastformer.models import bert, gpt
 
 class BertSelfAttention(layers.BertSelfAttention):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        path, panels = self.choose(hidden_states, attention_mask)
+        path, packed = self.choose(hidden_states, attention_mask)
         if path is Path.STOCK:
             return super().forward(hidden_states, attention_mask)
-        query, key, value = self.project(hidden_states, path, panels)
+        query, key, value = self.project(hidden_states, path, packed)
         dropout_p = self.dropout.p if self.training else 0.0
         return layers.attention(
             query, key, value, attention_mask, dropout_p=dropout_p, scale=query.shape[-1] ** -0.5, path=path
@@ -27,9 +27,9 @@ BertOutput = fuse(bert.BertOutput, layers.BertOutput)
 
 class BertLayer(layers.BertLayer):
     inner = {
-        **layers.BertLayer.inner,
         "intermediate": {bert.BertIntermediate},
         "output": {bert.BertOutput, BertOutput},
+        **layers.BertLayer.inner,
     }
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -40,10 +40,10 @@ class GptAttention(layers.GptAttention):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, past: gpt.KeyValue | None = None
     ) -> tuple[Tensor, gpt.KeyValue]:
-        path, panels = self.choose(hidden_states, attention_mask)
+        path, packed = self.choose(hidden_states, attention_mask)
         if path is Path.STOCK:
             return super().forward(hidden_states, attention_mask, past)
-        query, key, value = self.project(hidden_states, path, panels)
+        query, key, value = self.project(hidden_states, path, packed)
         if past is not None:
             key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
         context = layers.attention(
@@ -56,11 +56,11 @@ class GptAttention(layers.GptAttention):
             window_size=(-1, 0),  # causal, the last query at the last key
             path=path,
         )
-        return self.finish(context, path, panels), (key, value)
+        return self.finish(context, path, packed), (key, value)
 
 
 class GptBlock(layers.GptBlock):
-    inner = {**layers.GptBlock.inner, "mlp": {gpt.GptMLP}}
+    inner = {"mlp": {gpt.GptMLP}, **layers.GptBlock.inner}
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, past: gpt.KeyValue | None = None

@@ -123,7 +123,7 @@ def _torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
 
 
 def check_window(window_size: tuple[int, int]) -> None:
-    if len(window_size) != 2 or any(size < -1 for size in window_size):
+    if not isinstance(window_size, tuple | list) or len(window_size) != 2 or any(size < -1 for size in window_size):
         raise ValueError(f"window_size: expected (left, right), each -1 (all) or more, got {window_size}")
 
 
@@ -158,6 +158,8 @@ def _check_mask(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> None:
         return
     if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
         raise TypeError(f"attn_mask: expected bool or a floating dtype, got {attn_mask.dtype}")
+    if attn_mask.device != query.device:
+        raise ValueError(f"attn_mask: expected on {query.device} as query is, got {attn_mask.device}")
     shape = (*query.shape[:-1], key.shape[-2])
     fits = attn_mask.dim() <= len(shape) and all(
         m in (1, s) for m, s in zip(reversed(attn_mask.shape), reversed(shape), strict=False)

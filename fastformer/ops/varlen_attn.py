@@ -70,8 +70,12 @@ def varlen_attn(
         raise ValueError(f"query: expected (tokens, heads, head size), got {tuple(query.shape)}")
     check_heads(query, key, value, enable_gqa, head_dim=1)
     for name, bounds in (("cu_seq_q", cu_seq_q), ("cu_seq_k", cu_seq_k)):
+        if not isinstance(bounds, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(bounds).__name__}")
         if bounds.dtype != torch.int32:
             raise TypeError(f"{name}: expected int32, got {bounds.dtype}")
+        if bounds.device != query.device:
+            raise ValueError(f"{name}: expected on {query.device} as query is, got {bounds.device}")
         if bounds.dim() != 1 or bounds.numel() == 0 or bounds.shape != cu_seq_q.shape:
             raise ValueError(f"{name}: expected (batch + 1,) as cu_seq_q, got {tuple(bounds.shape)}")
     backend = backends.choose("varlen_attn", query, key, value)

@@ -2,7 +2,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastformer
 
@@ -15,29 +14,8 @@ def kernels() -> Iterator[None]:
         yield
 
 
-class Recorder(TorchDispatchMode):
-    """Notes every operator that runs, with its arguments."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[torch._ops.OpOverload, tuple]] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls.append((func, args))
-        return func(*args, **kwargs or {})
-
-    def names(self) -> list[str]:
-        return [func.name() for func, _ in self.calls]
-
-
 @pytest.fixture
-def recorder() -> Recorder:
-    """Use it as a context manager."""
-    return Recorder()
-
-
-@pytest.fixture
-def raises_before_anything_runs(recorder: Recorder) -> Callable[[Callable, type[Exception], str], None]:
+def raises_before_anything_runs(recorder) -> Callable[[Callable, type[Exception], str], None]:
     """Checks that a call raises this error and message, and that nothing was computed and no random number drawn."""
 
     def check(call: Callable, error: type[Exception], message: str) -> None:

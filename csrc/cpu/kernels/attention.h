@@ -14,7 +14,7 @@ namespace fastformer::FASTFORMER_ISA {
 #define QB 48
 #endif
 #ifndef KB
-#define KB 128
+#define KB 256
 #endif
 constexpr int64_t kQueryBlock = QB, kKeyBlock = KB;
 constexpr int64_t kScoreStride = kKeyBlock + 16;
@@ -31,7 +31,7 @@ template <class S, class F> FF_INLINE S reduce(Vec<S> x, F f) {
     x = f(x, __builtin_shuffle(x, lane_numbers<S>() ^ typename IntType<S>::type(step)));
   return x[0];
 }
-template <class S> FF_INLINE Vec<S> larger(Vec<S> a, Vec<S> b) { return a > b ? a : b; }
+template <class S> FF_INLINE Vec<S> larger(Vec<S> a, Vec<S> b) { return a > b ? a : b; }  // b where a is NaN
 
 // Consecutive pieces of the scratch memory, each aligned to a cache line.
 struct Scratch {

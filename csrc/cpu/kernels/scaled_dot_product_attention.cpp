@@ -42,6 +42,16 @@ template <class S> struct RowRange {
       : begin(seen.begin - base), end(max(seen.begin, seen.end) - base), from(round_down<S>(begin)), to(round_up<S>(end)) {}
 };
 
+template <class S> FF_INLINE S largest_score(const S* begin, const S* end) {
+  Vec<S> a = splat<S>(-kInf<S>), b = a;
+  for (; begin + kLanes<S> < end; begin += 2 * kLanes<S>) {
+    a = larger<S>(load(begin), a);
+    b = larger<S>(load(begin + kLanes<S>), b);
+  }
+  if (begin < end) a = larger<S>(load(begin), a);
+  return reduce<S>(larger<S>(a, b), larger<S>);
+}
+
 // The probabilities of the rows [i0, i1) of a block (not divided by their sum), in place of the scores.
 template <class T>
 static void softmax_tile(const AttentionArgs& a, const Sequence& s, int64_t head, int64_t q0, int64_t i0, int64_t i1,
@@ -58,9 +68,7 @@ static void softmax_tile(const AttentionArgs& a, const Sequence& s, int64_t head
     if (seen.begin == seen.end) continue;
     cut_edges(row, seen.begin, seen.end);
     if (masked) w.mask.apply(w.mask.row(s, head, q0 + i), base + seen.from, seen.end - seen.from, row + seen.from);
-    Vec<S> top = splat<S>(-kInf<S>);
-    for (int64_t c = seen.from; c < seen.to; c += kLanes<S>) top = larger<S>(load(row + c), top);
-    const S before = w.largest[i], now = max(before, reduce<S>(top, larger<S>));
+    const S before = w.largest[i], now = max(before, largest_score(row + seen.from, row + seen.to));
     if (now > before) {
       w.largest[i] = now;
       if (w.sum[i] != 0) {
@@ -109,7 +117,7 @@ static void forward_block(const AttentionArgs& a, const Sequence& s, int64_t hea
   const PackedRows<S> query = compute_rows(row_of<T>(a.query, s, head, s.first_query + q0), a.query.row, rows,
                                            a.head_dim, w.query);
   for (int64_t i = 0; i < rows; ++i) w.largest[i] = -kInf<S>, w.sum[i] = 0;
-  for (int64_t i = 0; i < rows * columns; i += kLanes<S>) store(w.output + i, zero<S>());
+  bool started[kQueryBlock] = {};  // per tile: does w.output hold something?
 
   for (int64_t base = keys.begin / kKeyBlock * kKeyBlock; base < keys.end; base += kKeyBlock) {
     const KeyRange block = intersection(keys, {base, base + kKeyBlock});
@@ -123,18 +131,22 @@ static void forward_block(const AttentionArgs& a, const Sequence& s, int64_t hea
         const int64_t i0 = tiles.begin[t], i1 = tiles.begin[t + 1];
         const KeyRange tile = intersection(block, s.range(q0 + i0, q0 + i1));
         if (tile.begin >= tile.end) continue;
-        product<S, true>(int(i1 - i0), vecs, tile.end - tile.begin, w.scores + i0 * kScoreStride + tile.begin - base,
-                         kScoreStride, values.data + tile.begin * values.stride + c, values.stride,
-                         w.output + i0 * columns + c, columns);
+        (started[t] ? product<S, true> : product<S, false>)(
+            int(i1 - i0), vecs, tile.end - tile.begin, w.scores + i0 * kScoreStride + tile.begin - base, kScoreStride,
+            values.data + tile.begin * values.stride + c, values.stride, w.output + i0 * columns + c, columns);
       }
+    }
+    for (int64_t t = 0; t < tiles.count; ++t) {
+      const KeyRange tile = intersection(block, s.range(q0 + tiles.begin[t], q0 + tiles.begin[t + 1]));
+      started[t] |= tile.begin < tile.end;
     }
   }
 
   for (int64_t i = 0; i < rows; ++i) {
-    const S sum = w.sum[i], factor = sum == 0 ? 0 : 1 / sum;
+    const S sum = w.sum[i], factor = 1 / sum;
     T* output = row_of<T>(a.output, s, head, s.first_query + q0 + i);
     for_columns<S>(a.value_dim, [&](int64_t c, int lanes) {
-      store_lanes(output + c, load(w.output + i * columns + c) * factor, lanes);
+      store_lanes(output + c, sum == 0 ? zero<S>() : load(w.output + i * columns + c) * factor, lanes);
     });
     *row_of<S>(a.lse, s, head, s.first_query + q0 + i) = sum == 0 ? -kInf<S> : w.largest[i] + log_of(sum);
   }
