@@ -15,10 +15,16 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import setuptools
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403
 
 MIN_TORCH = (2, 10)
+
+if int(setuptools.__version__.split(".")[0]) < 77:
+    raise SystemExit(
+        f"fastformer is built by setuptools >= 77, found {setuptools.__version__}: pip install -U setuptools"
+    )
 
 
 def get_requires_for_build_wheel(config_settings=None) -> list[str]:

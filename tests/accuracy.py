@@ -36,6 +36,16 @@ def assert_op_close(fused: Callable, eager: Callable, *draws: dict[str, Tensor |
         assert_close_to_reference(*(torch.stack(result) for result in results), name)
 
 
+def assert_strides_do_not_matter(function: Callable, tensors: dict[str, Tensor | None]) -> None:
+    """Outputs and gradients are, bit for bit, those of contiguous copies."""
+    contiguous = {name: None if x is None else x.clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
+    (leaves, outputs), (copies, expected) = _run(function, tensors), _run(function, contiguous)
+    weights = [torch.randn(out.shape).to(out.dtype) for out in outputs]
+    outputs += torch.autograd.grad(outputs, leaves.values(), weights)
+    expected += torch.autograd.grad(expected, copies.values(), weights)
+    assert all(torch.equal(x, y) for x, y in zip(outputs, expected, strict=True))
+
+
 def _results(fused: Callable, eager: Callable, tensors: dict[str, Tensor | None]) -> dict[str, tuple[Tensor, ...]]:
     """Name -> (fused, eager, float64) for every output and gradient."""
     runs = [_run(fused, tensors), _run(eager, tensors), _run(eager, tensors, torch.float64)]

@@ -97,7 +97,7 @@ def scaled_dot_product_attention(
     dropout_p: float = 0.0,
     scale: float | None = None,
 ) -> Tensor:
-    """(B, H, S, D), as many key heads as query heads or a divisor; no row of the mask may be masked whole."""
+    """(B, H, S, D), as many key heads as query heads or a divisor. Rows that are masked whole give 0."""
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(query.dtype)
     if dropout_p == 0:
@@ -107,9 +107,11 @@ def scaled_dot_product_attention(
     scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    masked = (scores == float("-inf")).all(-1, keepdim=True)
+    probabilities = scores.masked_fill(masked, 0).softmax(-1).masked_fill(masked, 0)
     seed = reference.draw_seed(query.device)
     kept = reference.attention_dropout_mask(seed, dropout_p, *scores.shape)
-    return apply_dropout(scores.softmax(-1), kept, dropout_p) @ value
+    return apply_dropout(probabilities, kept, dropout_p) @ value
 
 
 def varlen_attn(
@@ -121,8 +123,9 @@ def varlen_attn(
     scale: float | None = None,
     window_size: tuple[int, int] = (-1, -1),
 ) -> Tensor:
-    """(T, H, D): one sequence after the other."""
+    """(T, H, D): one sequence, or the empty one, after the other."""
     outputs = []
+    lengths_q, lengths_k = lengths_q or [0], lengths_k or [0]
     for q, k, v in zip(query.split(lengths_q), key.split(lengths_k), value.split(lengths_k), strict=True):
         mask = visible(len(q), len(k), window_size=window_size)
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))

@@ -56,11 +56,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(Tensor input, Tensor r
   return {output, sum, mean, rstd};
 }
 
-// Runs the backward over chunks of rows, whose shares of the weight gradients are added up in a fixed order: the result
-// depends on the number of threads only. Returns (grad_weight, grad_bias) in the compute type.
+// Runs the backward over chunks of rows, whose shares of the weight gradients are summed apart and then added up: the order
+// is fixed, and no sum is long. Returns (grad_weight, grad_bias) in the compute type.
 std::pair<Tensor, Tensor> backward(const LayerNormBackwardArgs& args, int64_t rows) {
   const ScalarType type = compute_type(args.dtype);
-  const int64_t chunks = std::clamp<int64_t>(rows / grain(args.columns), 1, 4 * torch::stable::get_num_threads());
+  const int64_t chunks = std::clamp<int64_t>(rows / 64, 1, 512);
   const Tensor weights = zeros({chunks, args.columns}, type), biases = zeros({chunks, args.columns}, type);
   char *grad_weight = static_cast<char*>(weights.mutable_data_ptr()),
        *grad_bias = static_cast<char*>(biases.mutable_data_ptr());

@@ -24,7 +24,7 @@ SIZES = [
     (3, 2, 1, 97, 64, 64),
     (1, 1, 200, 7, 8, 128),
 ]
-B, H, SQ, SK = 2, 3, 9, 11  # of the tests of masks
+B, H, SQ, SK = 4, 6, 9, 11  # of the tests of masks
 
 
 def tensors(

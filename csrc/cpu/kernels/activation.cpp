@@ -30,19 +30,29 @@ void activation(const ActivationArgs& a, int64_t row_begin, int64_t row_end) {
   });
 }
 
-// In two levels, blocks of rows first: the error grows with the square root of the number of rows at most.
+// Blocks of rows, blocks of blocks, and those: three short sums in place of a long one, which would lose digits.
 void column_sums(const ColumnSumsArgs& a, int64_t column_begin, int64_t column_end) {
-  constexpr int64_t kBlock = 32;
+  constexpr int64_t kBlock = 32, kColumns = 256;
   dispatch(a.dtype, [&]<class T>() {
     using S = compute_t<T>;
-    S* sums = (S*)a.sums + column_begin;
-    for (int64_t row0 = 0; row0 == 0 || row0 < a.rows; row0 += kBlock)
-      for_columns<S>(column_end - column_begin, [&](int64_t c, int lanes) {
-        Vec<S> block = zero<S>();
-        for (int64_t row = row0; row < min(row0 + kBlock, a.rows); ++row)
-          block += load_lanes((const T*)a.input + row * a.stride + column_begin + c, lanes);
-        store_lanes(sums + c, row0 ? load_lanes(sums + c, lanes) + block : block, lanes);
-      });
+    for (int64_t c0 = column_begin; c0 < column_end; c0 += kColumns) {
+      const int64_t columns = min(kColumns, column_end - c0);
+      S blocks[kColumns] = {};  // the sum of up to kBlock blocks
+      S* sums = (S*)a.sums + c0;
+      for (int64_t c = 0; c < columns; ++c) sums[c] = 0;
+      for (int64_t row0 = 0; row0 < a.rows; row0 += kBlock) {
+        const int64_t row1 = min(row0 + kBlock, a.rows);
+        const bool last = row1 == a.rows || row1 % (kBlock * kBlock) == 0;
+        for_columns<S>(columns, [&](int64_t c, int lanes) {
+          Vec<S> block = zero<S>();
+          for (int64_t row = row0; row < row1; ++row)
+            block += load_lanes((const T*)a.input + row * a.stride + c0 + c, lanes);
+          block += load(blocks + c);
+          store(blocks + c, last ? zero<S>() : block);
+          if (last) store_lanes(sums + c, load_lanes(sums + c, lanes) + block, lanes);
+        });
+      }
+    }
   });
 }
 
