@@ -32,7 +32,8 @@ BUILD = ROOT / "build" / "cpu"
 LIBRARY = "libfastformer_cpu"
 NOT_BUILT = Path("fastformer", "library_not_built.txt")  # the reason, read by fastformer/library.py
 
-COMMON_FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-missing-field-initializers"]
+COMMON_FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", f"-ffile-prefix-map={ROOT}/="]
+COMMON_FLAGS += ["-Wall", "-Wextra", "-Wno-missing-field-initializers"]
 HOST_FLAGS = ["-O2", f"-DTORCH_TARGET_VERSION=0x{MIN_TORCH[0]:02x}{MIN_TORCH[1]:02x}000000000000"]
 KERNEL_FLAGS = ["-O3", "-fno-exceptions", "-fno-rtti", "-fno-math-errno", "-fno-trapping-math"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]

@@ -99,10 +99,23 @@ def accelerate(model: Model, *, strict: bool = False) -> Model:
 
 
 def restore(model: Model) -> Model:
-    """Gives every layer its stock class back, and drops the packed weights. Returns the model; parameters stay as they are."""
-    for module in model.modules():
-        if isinstance(module, Fused):
-            fused.unfuse(module)
+    """Gives every layer its stock class back, and drops the packed weights; parameters stay as they are.
+
+    Returns:
+        The model.
+
+    Raises:
+        RuntimeError: another library, such as FSDP2, has given a layer a class of its own since; nothing is restored.
+    """
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, Fused)]
+    for name, module in layers:
+        if "stock" not in type(module).__dict__:
+            raise RuntimeError(
+                f"model: {name} is a {type(module).__name__} since it was accelerated: restore the model before fully_shard"
+            )
+    for _, module in layers:
+        packing.drop(module)
+        module.__class__ = module.stock
     return model
 
 

@@ -34,8 +34,16 @@ inline DType dtype_of(const Tensor& tensor) { return dtype_of(tensor.scalar_type
 inline ScalarType compute_type(DType dtype) { return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
 inline int64_t compute_bytes(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
 
+// A new contiguous tensor. By the shim's own function: through the dispatcher, by name, it takes a microsecond longer.
 inline Tensor empty(const std::vector<int64_t>& shape, ScalarType type) {
-  return torch::stable::empty(shape, type, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  std::vector<int64_t> strides(shape.size());
+  int64_t stride = 1;
+  for (size_t d = shape.size(); d-- > 0; stride *= std::max<int64_t>(shape[d], 1)) strides[d] = stride;
+  AtenTensorHandle tensor;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), aoti_torch_device_type_cpu(), 0, &tensor));
+  return Tensor(tensor);
 }
 inline Tensor zeros(const std::vector<int64_t>& shape, ScalarType type) {
   Tensor tensor = empty(shape, type);

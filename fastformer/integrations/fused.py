@@ -111,14 +111,15 @@ class Fused:
             return Path.STOCK, None
         if torch.compiler.is_compiling():
             return Path.OPS, None
-        if self.training:
+        unpacked = self.training or packing.why_not_packed() is not None
+        if unpacked:
             packing.drop(self)
         if _is_transformed() or (type(x) is not Tensor and not backends._is_traced(x)):
             return Path.STOCK, None
         owners = [self, *(modules[name] for modules, name in children)]
         parameters = [p for owner in owners for p in owner._parameters.values() if p is not None]
         needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, *parameters))
-        if needs_grad or not self._infers(x, backend) or any(o.training for o in owners) or packing.why_not_packed():
+        if unpacked or needs_grad or not self._infers(x, backend) or any(o.training for o in owners):
             return Path.OPS, None
         packed = packing.kept(self)
         if packed is None or not packed.hold():
@@ -155,8 +156,7 @@ class Fused:
 
     def __reduce_ex__(self, protocol: int):
         """A pickle holds the stock class: it can be read where fastformer is not installed."""
-        state = packing.without_packed(self.__dict__)
-        return copyreg._reconstructor, (_unfused(type(self)), object, None), state
+        return copyreg._reconstructor, (self.stock, object, None), packing.without_packed(self.__dict__)
 
 
 def survey(module: nn.Module, fused: type[Fused] | None = None) -> tuple[list[str], list[tuple[dict, str]]]:
@@ -259,18 +259,3 @@ def fuse(stock: type[nn.Module], mixin: type[Fused]) -> type[Fused]:
     """The fused class of a stock class, which has its name."""
     names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
     return type(stock.__name__, (mixin, stock), {**names, "stock": stock})
-
-
-def unfuse(module: Fused) -> None:
-    """Gives a module its stock class back; where another library has subclassed ours since (FSDP2), that subclass of it."""
-    packing.drop(module)
-    module.__class__ = _unfused(type(module))
-
-
-def _unfused(cls: type) -> type:
-    if not issubclass(cls, Fused):
-        return cls
-    if "stock" in cls.__dict__:
-        return cls.stock
-    namespace = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__", "_inner")}
-    return type(cls)(cls.__name__, tuple(map(_unfused, cls.__bases__)), namespace)

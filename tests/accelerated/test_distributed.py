@@ -102,6 +102,9 @@ def check_fsdp2(model: nn.Module, rank: int, world: int) -> None:
     model.eval(), eager.eval()
     expected = logits(eager)
     torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-3)
-    fastformer.restore(model)
-    assert isinstance(layers[0], FSDPModule) and not fastformer.report(model).fused
-    torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-3)
+    with pytest.raises(RuntimeError, match="FSDP.*before fully_shard"):
+        fastformer.restore(model)
+    assert fastformer.report(model).fused
+    late = fully_shard(fastformer.restore(copy.deepcopy(eager)), mesh=mesh)
+    with pytest.raises(NotImplementedError, match="DTensor"):
+        fastformer.accelerate(late, strict=True)

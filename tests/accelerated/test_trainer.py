@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
-from accelerated.small import B, MODELS, bert, gpt2, ids, logits
+from accelerated.small import B, MODELS, bert, gpt2, ids
 from torch import nn
 
 import fastformer
@@ -76,4 +76,4 @@ def test_trainer(build, options, tmp_path):
     losses = [train(model, tmp_path / str(i), **options) for i, model in enumerate((fused, eager))]
     assert len(losses[0]) == 6
     assert losses[0] == pytest.approx(losses[1], rel=2e-2 if "bf16" in options else 1e-4)
-    torch.testing.assert_close(logits(fused.eval()), logits(fastformer.restore(copy.deepcopy(fused))), atol=1e-4, rtol=1e-4)
+    assert not fastformer.report(fused).left

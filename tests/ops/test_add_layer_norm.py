@@ -3,7 +3,7 @@ from functools import partial
 import eager
 import pytest
 import torch
-from accuracy import assert_op_close
+from accuracy import assert_op_close, assert_strides_do_not_matter
 from hypothesis import given
 from hypothesis import strategies as st
 from tensors import DTYPES, FLOATS, LAYOUTS, randn
@@ -73,18 +73,17 @@ def test_one_output_alone(isa, which, p):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(isa, dtype, layout):
-    given = tensors(30, 34, dtype, layout=layout)
-    assert_op_close(fused, eager.add_layer_norm, given | {"residual": randn(30, 34, dtype=dtype)})
-    assert_op_close(fused, eager.add_layer_norm, given | {"input": randn(30, 34, dtype=dtype)})
+    assert_strides_do_not_matter(partial(fused, dropout_p=0.2), tensors(30, 34, dtype, layout=layout))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("leading", [(2, 3), (1, 4, 1), (2, 1, 3, 2)])
-def test_leading_dimensions(leading, layout):
-    given = tensors(1, 20, torch.float32)
-    given |= {"input": randn(*leading, 5, 20, layout=layout), "residual": randn(*leading, 5, 20)}
+def test_leading_dimensions(leading):
+    given = tensors(1, 20, torch.float32) | {"input": randn(*leading, 20), "residual": randn(*leading, 20)}
     call, expected = (partial(f, dropout_p=0.2) for f in (fused, eager.add_layer_norm))
     assert_op_close(call, expected, given)
+    for layout in LAYOUTS:
+        assert_strides_do_not_matter(call, given | {"input": randn(*leading, 20, layout=layout)})
+        assert_strides_do_not_matter(call, given | {"residual": randn(*leading, 20, layout=layout)})
 
 
 def test_one_dimension():
@@ -203,7 +202,7 @@ def test_any_call(shape, columns, dtypes, layouts, left_out, p):
     for name, dtype, layout in zip(("input", "residual"), dtypes, layouts, strict=True):
         given[name] = randn(*shape, columns, dtype=dtype, layout=layout if shape else "contiguous")
     call, expected = (partial(f, dropout_p=p) for f in (fused, eager.add_layer_norm))
-    assert_op_close(call, expected, given | dict.fromkeys(left_out))
+    assert_op_close(call, expected, given | dict.fromkeys(left_out), slack=16)
 
 
 class TestDropout:

@@ -3,7 +3,7 @@ from functools import partial
 import eager
 import pytest
 import torch
-from accuracy import assert_op_close
+from accuracy import assert_op_close, assert_strides_do_not_matter
 from hypothesis import given
 from hypothesis import strategies as st
 from tensors import DTYPES, FLOATS, LAYOUTS, randn
@@ -67,17 +67,15 @@ def test_optional_operands(isa, dtype, left_out):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(isa, dtype, layout):
-    if layout == "broadcast columns":  # rows without variance: the gradient is rounding errors times 1 / sqrt(eps)
-        return
-    assert_op_close(fused, eager.layer_norm, tensors(30, 34, dtype, layout=layout))
+    assert_strides_do_not_matter(fused, tensors(30, 34, dtype, layout=layout))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[:-2])
-@pytest.mark.parametrize("leading", [(), (2, 3), (1, 4, 1), (2, 1, 3, 2)])
-def test_leading_dimensions(leading, layout):
-    if layout == "broadcast columns":
-        return
-    assert_op_close(fused, eager.layer_norm, tensors(1, 20, torch.float32) | {"input": randn(*leading, 5, 20, layout=layout)})
+@pytest.mark.parametrize("leading", [(2, 3), (1, 4, 1), (2, 1, 3, 2)])
+def test_leading_dimensions(leading):
+    given = tensors(1, 20, torch.float32)
+    assert_op_close(fused, eager.layer_norm, given | {"input": randn(*leading, 20)})
+    for layout in LAYOUTS:
+        assert_strides_do_not_matter(fused, given | {"input": randn(*leading, 20, layout=layout)})
 
 
 def test_one_dimension():
@@ -86,7 +84,7 @@ def test_one_dimension():
 
 def test_weight_of_any_stride():
     given = tensors(9, 20, torch.float32)
-    assert_op_close(fused, eager.layer_norm, given | {"weight": randn(40)[::2], "bias": randn(1).expand(20)})
+    assert_strides_do_not_matter(fused, given | {"weight": randn(40)[::2], "bias": randn(1).expand(20)})
 
 
 @pytest.mark.parametrize("shape", [(4,), [3, 4], (5, 3, 4), torch.Size([2, 5, 3, 4])])
@@ -188,7 +186,7 @@ def test_any_call(shape, columns, dtype, layout, left_out):
     torch.manual_seed(0)
     given = tensors(1, columns, dtype)
     given["input"] = randn(*shape, columns, dtype=dtype, layout=layout if shape else "contiguous")
-    assert_op_close(fused, eager.layer_norm, given | dict.fromkeys(left_out))
+    assert_op_close(fused, eager.layer_norm, given | dict.fromkeys(left_out), slack=16)
 
 
 X = torch.ones(2, 3)

@@ -3,7 +3,7 @@ from functools import partial
 import eager
 import pytest
 import torch
-from accuracy import assert_op_close
+from accuracy import assert_op_close, assert_strides_do_not_matter
 from hypothesis import given
 from hypothesis import strategies as st
 from tensors import DTYPES, FLOATS, LAYOUTS, randn
@@ -26,8 +26,8 @@ def tensors(rows: int, in_features: int, out_features: int, dtype: torch.dtype, 
     }
 
 
-def assert_linear_close(*draws: dict[str, Tensor | None], **options) -> None:
-    assert_op_close(partial(ops.linear, **options), partial(eager.linear, **options), *draws)
+def assert_linear_close(*draws: dict[str, Tensor | None], slack: int = 0, **options) -> None:
+    assert_op_close(partial(ops.linear, **options), partial(eager.linear, **options), *draws, slack=slack)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -58,21 +58,23 @@ def test_activations_far_from_zero(isa, activation):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(isa, dtype, layout):
-    assert_linear_close(tensors(30, 34, 38, dtype, layout=layout), activation="gelu")
+    function = partial(ops.linear, activation="gelu", dropout_p=0.2)
+    assert_strides_do_not_matter(function, tensors(30, 34, 38, dtype, layout=layout))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("leading", [(2, 3), (1, 4, 1), (2, 1, 3, 2)])
-def test_leading_dimensions(leading, layout):
-    given = tensors(1, 12, 20, torch.float32)
-    given |= {"input": randn(*leading, 5, 12, layout=layout), "residual": randn(*leading, 5, 20, layout=layout)}
+def test_leading_dimensions(leading):
+    given = tensors(1, 12, 20, torch.float32) | {"input": randn(*leading, 12), "residual": randn(*leading, 20)}
     assert_linear_close(given, activation="silu")
+    for layout in LAYOUTS:
+        given |= {"input": randn(*leading, 12, layout=layout), "residual": randn(*leading, 20, layout=layout)}
+        assert_strides_do_not_matter(partial(ops.linear, activation="silu"), given)
 
 
 def test_permuted_heads():
     """What attention gives: (B, H, S, D) in memory, read as (B, S, H, D)."""
     given = tensors(1, 12, 20, torch.float32) | {"input": randn(2, 3, 4, 12).transpose(1, 2), "residual": None}
-    assert_linear_close(given)
+    assert_strides_do_not_matter(ops.linear, given)
 
 
 def test_one_dimension():
@@ -89,7 +91,7 @@ def test_residual_broadcasts(shape):
 def test_bias_of_any_stride():
     given = tensors(9, 12, 20, torch.float32)
     for bias in (randn(40)[::2], randn(1).expand(20)):
-        assert_linear_close(given | {"bias": bias})
+        assert_strides_do_not_matter(ops.linear, given | {"bias": bias})
 
 
 @pytest.mark.parametrize("size", [(0, 7, 5), (3, 0, 5), (3, 7, 0), (0, 0, 0), (3, 0, 0)])
@@ -183,7 +185,7 @@ def test_any_call(rows, in_features, out_features, dtype, layout, activation, bi
         "bias": randn(out_features, dtype=dtype) if bias else None,
         "residual": randn(*residual_shape, dtype=dtype) if residual_shape else None,
     }
-    assert_linear_close(given, activation=activation)
+    assert_linear_close(given, activation=activation, slack=16)
 
 
 class TestDropout:

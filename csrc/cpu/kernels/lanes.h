@@ -12,6 +12,17 @@ template <class S, class F> FF_INLINE void for_columns(int64_t columns, F f) {
   for (; c + kLanes<S> <= columns; c += kLanes<S>) f(c, kLanes<S>);
   if (c < columns) f(c, int(columns - c));
 }
+// f(column, lanes, i) with i = 0 to 3 in turn: four sums that do not wait for one another.
+template <class S, class F> FF_INLINE void for_columns_in_turn(int64_t columns, F f) {
+  int64_t c = 0;
+  for (; c + 4 * kLanes<S> <= columns; c += 4 * kLanes<S>)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) f(c + i * kLanes<S>, kLanes<S>, i);
+  for_columns<S>(columns - c, [&](int64_t rest, int lanes) { f(c + rest, lanes, 0); });
+}
+template <class S> FF_INLINE S sum_in_turn(const Vec<S> (&sums)[4]) {
+  return sum<S>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
 template <class T> FF_INLINE Vec<compute_t<T>> load_lanes(const T* p, int lanes) {
   return lanes == kLanes<compute_t<T>> ? load(p) : load_n(p, lanes);
 }

@@ -17,7 +17,7 @@ template <class T, class R> static void forward(const LayerNormArgs& a, int64_t 
   for (int64_t row = row_begin; row < row_end; ++row) {
     const R* x = (const R*)a.input + row * a.input_stride;
     R* y = (R*)a.output + row * n;
-    Vec<S> total = zero<S>();
+    Vec<S> total[4] = {};
     if (a.residual) {
       const T* input = (const T*)a.input + row * a.input_stride;
       const R* residual = (const R*)a.residual + row * a.residual_stride;
@@ -30,17 +30,17 @@ template <class T, class R> static void forward(const LayerNormArgs& a, int64_t 
       });
       x = s;  // as stored: what the backward will see
     }
-    for_columns<S>(n, [&](int64_t c, int lanes) { total += load_lanes(x + c, lanes); });
+    for_columns_in_turn<S>(n, [&](int64_t c, int lanes, int i) { total[i] += load_lanes(x + c, lanes); });
     // The deviations from a first mean correct it: exact also where the mean is large beside the variance.
-    const S first_mean = sum<S>(total) / S(n);
-    Vec<S> deviations = zero<S>(), squares = zero<S>();
-    for_columns<S>(n, [&](int64_t c, int lanes) {
+    const S first_mean = sum_in_turn<S>(total) / S(n);
+    Vec<S> deviations[4] = {}, squares[4] = {};
+    for_columns_in_turn<S>(n, [&](int64_t c, int lanes, int i) {
       const Vec<S> d = (lanes == kLanes<S> ? load(x + c) : load_n(x + c, lanes, first_mean)) - first_mean;
-      deviations += d;
-      squares += d * d;
+      deviations[i] += d;
+      squares[i] += d * d;
     });
-    const S shift = sum<S>(deviations) / S(n), mean = first_mean + shift;
-    const S variance = sum<S>(squares) / S(n) - shift * shift;
+    const S shift = sum_in_turn<S>(deviations) / S(n), mean = first_mean + shift;
+    const S variance = sum_in_turn<S>(squares) / S(n) - shift * shift;
     const S rstd = 1 / square_root(variance + S(a.eps));
     for_columns<S>(n, [&](int64_t c, int lanes) {
       Vec<S> v = (load_lanes(x + c, lanes) - mean) * rstd;
@@ -66,16 +66,16 @@ static void backward(const LayerNormBackwardArgs& a, int64_t row_begin, int64_t 
     const R *g = (const R*)a.grad_output + row * a.grad_output_stride, *x = (const R*)a.input + row * a.input_stride;
     const R* grad_sum = a.grad_sum ? (const R*)a.grad_sum + row * a.grad_sum_stride : nullptr;
     const S mean = ((const S*)a.mean)[row], rstd = ((const S*)a.rstd)[row];
-    Vec<S> sum_h = zero<S>(), sum_hx = zero<S>();
-    for_columns<S>(n, [&](int64_t c, int lanes) {
+    Vec<S> sum_h[4] = {}, sum_hx[4] = {};
+    for_columns_in_turn<S>(n, [&](int64_t c, int lanes, int i) {
       const Vec<S> go = load_lanes(g + c, lanes), x_hat = (load_lanes(x + c, lanes) - mean) * rstd;
       const Vec<S> h = weight ? go * load_lanes(weight + c, lanes) : go;
-      sum_h += h;
-      sum_hx += h * x_hat;
+      sum_h[i] += h;
+      sum_hx[i] += h * x_hat;
       store_lanes(grad_weight + c, load_lanes(grad_weight + c, lanes) + go * x_hat, lanes);
       store_lanes(grad_bias + c, load_lanes(grad_bias + c, lanes) + go, lanes);
     });
-    const S mean_h = sum<S>(sum_h) / S(n), mean_hx = sum<S>(sum_hx) / S(n);
+    const S mean_h = sum_in_turn<S>(sum_h) / S(n), mean_hx = sum_in_turn<S>(sum_hx) / S(n);
     RowDropout dropout(a.dropout, uint64_t(row));
     for_columns<S>(n, [&](int64_t c, int lanes) {
       const Vec<S> go = load_lanes(g + c, lanes), x_hat = (load_lanes(x + c, lanes) - mean) * rstd;
