@@ -73,7 +73,7 @@ def write_ninja_file() -> None:
             f"fastformer's CPU library is built against torch >= {MIN_TORCH[0]}.{MIN_TORCH[1]}, which was not found: "
             "install it first, or install fastformer without --no-build-isolation"
         )
-    host_flags = COMMON_FLAGS + HOST_FLAGS + ["-isystem", str(torch / "include")]
+    host_flags = COMMON_FLAGS + HOST_FLAGS + ["-isystem", str(torch / "include"), f"-ffile-prefix-map={torch}/=torch/"]
     host = [ROOT / "csrc" / "ops.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
     kernels = sorted((ROOT / "csrc" / "cpu" / "kernels").glob("*.cpp"))
 

@@ -61,11 +61,15 @@ class Packed:
         self.dtype, self.in_features = (groups[0][0].dtype, groups[0][0].shape[1]) if groups else (None, None)
 
     def hold(self) -> bool:
-        """Are all modules, parameters and values what they were? (In some microseconds: this is asked at every call.)"""
+        """Are all modules, parameters and values what they were? Asked at every call: in some microseconds."""
         if self._steps != _steps or self._isa != _raw.isa():
             return False
         for modules, name, child, cls in self._places:
-            if modules.get(name) is not child or child.__class__ is not cls or child.training or is_hooked(child):
+            if modules.get(name) is not child or child.__class__ is not cls or child.training:
+                return False
+            if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
+                return False
+            if "forward" in child.__dict__:
                 return False
         for parameters, name, parameter, address, version in self._stamps:
             if parameters.get(name) is not parameter:

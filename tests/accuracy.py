@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 
-def assert_close_to_reference(
-    out: Tensor, eager: Tensor, ref64: Tensor, what: str = "output", slack: int = 0
-) -> None:
+def assert_close_to_reference(out: Tensor, eager: Tensor, ref64: Tensor, what: str = "output", slack: int = 0) -> None:
     """max |out - ref64| <= 2 max |eager - ref64| + one unit in the last place (of out's dtype) of max |ref64|.
 
     `slack`: so many units in the last place of 1 are allowed on top.
@@ -32,10 +30,10 @@ def error_bound(eager: Tensor, ref64: Tensor) -> float:
 def assert_op_close(fused: Callable, eager: Callable, *draws: dict[str, Tensor | None], slack: int = 0) -> None:
     """The outputs of `fused` and the gradients of its floating tensors, by the accuracy rule.
 
-    Both functions take the tensors of a draw by name and return one or several; `eager` runs in the tensors' dtypes and in
-    float64. Each run begins with the same state of torch's generator. Several draws are judged as one: where a result is a
-    single number, one draw says little about the size of an error. A `slack` is for arbitrary calls of numbers around 1,
-    whose exact result may be a single number, or 0.
+    Both functions take the tensors of a draw by name and return one or several; `eager` runs in the tensors' dtypes and
+    in float64. Each run begins with the same state of torch's generator. Several draws are judged as one: where a
+    result is a single number, one draw says little about the size of an error. A `slack` is for arbitrary calls of
+    numbers around 1, whose exact result may be a single number, or 0.
     """
     judged = [_results(fused, eager, tensors) for tensors in draws]
     for name in judged[0]:
@@ -45,7 +43,9 @@ def assert_op_close(fused: Callable, eager: Callable, *draws: dict[str, Tensor |
 
 def assert_strides_do_not_matter(function: Callable, tensors: dict[str, Tensor | None]) -> None:
     """Outputs and gradients are, bit for bit, those of contiguous copies."""
-    contiguous = {name: None if x is None else x.clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
+    contiguous = {
+        name: None if x is None else x.clone(memory_format=torch.contiguous_format) for name, x in tensors.items()
+    }
     (leaves, outputs), (copies, expected) = _run(function, tensors), _run(function, contiguous)
     weights = [torch.randn(out.shape).to(out.dtype) for out in outputs]
     outputs += torch.autograd.grad(outputs, leaves.values(), weights)

@@ -42,7 +42,7 @@ _FEED_FORWARD = {
     "residual": (6, 5, 24),
 }
 _ATTENTION = {"query": (2, 4, 9, 8), "key": (2, 4, 11, 8), "value": (2, 4, 11, 10)}
-_GROUPED = {"query": (2, 4, 9, 8), "key": (2, 2, 11, 8), "value": (2, 2, 11, 10)}
+_GROUPED = {"query": (3, 4, 9, 8), "key": (3, 2, 11, 8), "value": (3, 2, 11, 10)}
 _PACKED = {"query": (14, 4, 8), "key": (16, 2, 8), "value": (16, 2, 10)}
 
 

@@ -1,4 +1,4 @@
-"""Each op as eager PyTorch composes it, in any dtype: what the fused ops are judged by. The dropout masks are theirs."""
+"""Each op as eager PyTorch composes it, in any dtype: what the fused ops are judged by, with their dropout masks."""
 
 import torch
 import torch.nn.functional as F
@@ -75,10 +75,8 @@ def add_layer_norm(
     return layer_norm(s, weight, bias, eps=eps), s
 
 
-def visible(
-    queries: int, keys: int, is_causal: bool = False, window_size: tuple[int, int] = (-1, -1)
-) -> Tensor:
-    """(Sq, Sk) bool, element by element: causal from the top left, the window along the diagonal of the bottom right."""
+def visible(queries: int, keys: int, is_causal: bool = False, window_size: tuple[int, int] = (-1, -1)) -> Tensor:
+    """(Sq, Sk) bool, one by one: causal from the top left, the window along the diagonal from the bottom right."""
     left, right = window_size
 
     def sees(query: int, key: int) -> bool:

@@ -141,7 +141,9 @@ class TestEnvironment:
 
     def test_unknown(self, monkeypatch):
         monkeypatch.setenv("FASTFORMER_BACKEND", "nonsense")
-        with pytest.raises(ValueError, match="FASTFORMER_BACKEND: got 'nonsense', expected one of cpu, triton, cuda, torch"):
+        with pytest.raises(
+            ValueError, match="FASTFORMER_BACKEND: got 'nonsense', expected one of cpu, triton, cuda, torch"
+        ):
             ops.layer_norm(X, 8)
 
     @needs_library
@@ -161,7 +163,9 @@ class TestCallsThatNothingTakes:
             ops.layer_norm(X.to(torch.float8_e4m3fn), 8)
         text = str(error.value).splitlines()
         assert text[0] == "fastformer.ops.layer_norm: backend 'triton' was asked for and can't take this call"
-        assert text[1].startswith("  cpu: ") and text[1].endswith("takes float32, bfloat16, float16, float64, got float8_e4m3fn")
+        assert text[1].startswith("  cpu: ") and text[1].endswith(
+            "takes float32, bfloat16, float16, float64, got float8_e4m3fn"
+        )
         assert text[2:] == [
             "  triton: this version has no triton kernels", "  cuda: this version has no cuda kernels",
         ]  # fmt: skip
@@ -174,7 +178,9 @@ class TestCallsThatNothingTakes:
         weight = torch.ones(8, dtype=torch.float8_e5m2, device="meta")
         with fastformer.backend("cpu", strict=True), pytest.raises(NotImplementedError) as error:
             backends.choose("layer_norm", X.as_subclass(Tagged), weight)
-        assert "  cpu: takes plain tensors, got Tagged; takes cpu tensors, got one on meta; takes float32" in str(error.value)
+        assert "  cpu: takes plain tensors, got Tagged; takes cpu tensors, got one on meta; takes float32" in str(
+            error.value
+        )
 
     def test_said_once(self):
         def warned(call) -> list:

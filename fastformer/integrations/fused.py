@@ -81,7 +81,7 @@ class Fused:
         x, packed = inputs[0], None
         if not torch.compiler.is_compiling() and not torch.is_grad_enabled() and self._infers(x, backend):
             packed = packing.kept(self)
-        if packed is None or not packed.hold():
+        if packed is None or self.own_obstacles(self) or not packed.hold():
             path, packed = self._choose_slowly(inputs, backend, strict)
             if path is not Path.PACKED:
                 return path, None

@@ -65,16 +65,13 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """The context (B, Q, E) of query (B, H, Q, D), key and value (B, H, K, D), and the weights (B, H, Q, K) where asked for.
 
-    As `transformers.integrations.sdpa_attention`: without a mask several queries of a causal module are aligned to the top
-    left; then keys behind them are the empty rest of a static cache.
+    As `transformers.integrations.sdpa_attention`: without a mask, several queries of a causal module are aligned to the top
+    left, for keys beyond them can only be the empty rest of a static cache.
     """
     is_causal = kwargs.get("is_causal")
     if is_causal is None:
         is_causal = module.is_causal
-    length = query.shape[2]
-    is_causal = length > 1 and mask is None and is_causal
-    if is_causal and key.shape[2] > length:
-        key, value = key[:, :, :length], value[:, :, :length]
+    is_causal = query.shape[2] > 1 and mask is None and is_causal
     if kwargs.get(WANTS_WEIGHTS):
         mask = _additive(mask, query, key, is_causal)
         context, weights = eager(module, query, key, value, mask, scaling=module.scaling, dropout=dropout_p)

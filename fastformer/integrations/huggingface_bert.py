@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from fastformer.integrations.huggingface import (
 
 
 class BertModel(Fused):
+    @functools.wraps(stock.BertModel.forward)
     def forward(self, *args: Any, **kwargs: Any):
         request_weights(self, [layer.attention.self for layer in self.encoder.layer], kwargs)
         return super().forward(*args, **kwargs)
@@ -65,7 +67,12 @@ class BertSelfAttention(layers.BertSelfAttention):
         )
 
 
-BertOutput = fuse(stock.BertOutput, layers.BertOutput)
+class _Output(layers.BertOutput):
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        return super().forward(hidden_states, input_tensor)
+
+
+BertOutput = fuse(stock.BertOutput, _Output)
 
 
 class BertLayer(layers.BertLayer):
@@ -103,7 +110,7 @@ SWAPS.update(
     {
         stock.BertModel: fuse(stock.BertModel, BertModel),
         stock.BertSelfAttention: fuse(stock.BertSelfAttention, BertSelfAttention),
-        stock.BertSelfOutput: fuse(stock.BertSelfOutput, layers.BertOutput),
+        stock.BertSelfOutput: fuse(stock.BertSelfOutput, _Output),
         stock.BertOutput: BertOutput,
         stock.BertLayer: fuse(stock.BertLayer, BertLayer),
         stock.BertPredictionHeadTransform: fuse(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from fastformer.integrations.huggingface import WANTS_WEIGHTS, attend, attention
 
 
 class GPT2Model(Fused):
+    @functools.wraps(stock.GPT2Model.forward)
     def forward(self, *args: Any, **kwargs: Any):
         request_weights(self, [block.attn for block in self.h], kwargs)
         return super().forward(*args, **kwargs)
@@ -30,14 +32,16 @@ class GPT2Attention(layers.GptAttention):
         past_key_values: Cache | None = None,
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
-        *args: Any,
+        encoder_attention_mask: Tensor | None = None,
+        output_attentions: bool | None = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         path, packed = self.choose(hidden_states, attention_mask)
         if (path is Path.STOCK and WANTS_WEIGHTS not in kwargs) or encoder_hidden_states is not None or not takes(kwargs):
             return super().forward(
-                hidden_states, past_key_values, attention_mask, encoder_hidden_states, *args, **kwargs
-            )
+                hidden_states, past_key_values, attention_mask, encoder_hidden_states, encoder_attention_mask,
+                output_attentions, **kwargs,
+            )  # fmt: skip
         query, key, value = self.project(hidden_states, path, packed)
         if past_key_values is not None:
             if isinstance(past_key_values, EncoderDecoderCache):

@@ -20,9 +20,13 @@ def forget_graphs():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("padded", [None, "left"])
-@pytest.mark.parametrize("mode", ["inference", "training"])
-@pytest.mark.parametrize("model", MODELS)
+QUICK = [("bert", "inference", "left"), ("gpt2", "training", None)]
+CASES = [(model, mode, padded) for model in MODELS for mode in ("inference", "training") for padded in (None, "left")]
+
+
+@pytest.mark.parametrize(
+    ("model", "mode", "padded"), [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES]
+)
 def test_one_graph(model, mode, padded):
     given = {"attention_mask": padding(padded)} if padded else {}
     kept = given.get("attention_mask", torch.ones_like(ids())).bool()
@@ -56,6 +60,7 @@ def test_compiled_graph_holds_the_fused_ops():
     assert "fastformer.scaled_dot_product_attention" in graphs[0] and "fastformer.feed_forward" in graphs[0]
 
 
+@pytest.mark.slow
 def test_compiled_with_a_layer_that_is_left():
     model = bert()
     model.bert.encoder.layer[0].output.dense = nn.Sequential(model.bert.encoder.layer[0].output.dense, nn.Identity())
@@ -64,6 +69,7 @@ def test_compiled_with_a_layer_that_is_left():
     torch.testing.assert_close(logits(compiled), expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_compiled_before_a_layer_is_replaced():
     model = fastformer.accelerate(bert())
     compiled = torch.compile(model, backend="aot_eager")
@@ -83,6 +89,7 @@ def test_inductor():
     torch.testing.assert_close(logits(compiled), expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["bert", "reference bert"])
 def test_export(model):
     fused = fastformer.accelerate(MODELS[model]())

@@ -20,6 +20,7 @@ from accelerated.small import (
     reference_gpt,
 )
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastformer
@@ -289,7 +290,7 @@ def test_dropout_left_on_in_eval_mode():
     """Monte-Carlo dropout: modules decide for themselves."""
     model = fastformer.accelerate(bert(hidden_dropout_prob=0.3))
     fixed = logits(model)
-    for module in model.modules():
+    for module in model.bert.encoder.modules():
         if isinstance(module, nn.Dropout):
             module.train()
     assert not torch.equal(logits(model), logits(model))
@@ -346,7 +347,7 @@ def test_a_missing_backend_is_said_once(recwarn):
 @pytest.mark.parametrize("model", MODELS)
 def test_forward_mode_differentiation(model):
     """The kernels know no tangents: under torch.func the stock forward runs."""
-    fused = fastformer.accelerate(MODELS[model]()).requires_grad_(False)
+    fused = fastformer.accelerate(MODELS[model]().double()).requires_grad_(False)
     name = next(n for n, _ in fused.named_parameters() if n.endswith(("dense.weight", "c_fc.weight")))
     weight = fused.get_parameter(name).detach()
     direction = torch.randn_like(weight)
@@ -356,7 +357,21 @@ def test_forward_mode_differentiation(model):
 
     with sdpa_kernel(SDPBackend.MATH):  # torch's other CPU kernel knows none either
         out, tangent = torch.func.jvp(f, (weight,), (direction,))
-    difference = (f(weight + 0.01 * direction) - f(weight - 0.01 * direction)) / 0.02
+    difference = (f(weight + 1e-5 * direction) - f(weight - 1e-5 * direction)) / 2e-5
     assert tangent.abs().max() > 0.1
-    torch.testing.assert_close(tangent, difference, atol=0.02 * tangent.abs().max().item(), rtol=0)
-    torch.testing.assert_close(out, logits(fused), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(tangent, difference, atol=1e-5 * tangent.abs().max().item(), rtol=0)
+    torch.testing.assert_close(out, logits(fused), atol=1e-9, rtol=0)
+
+
+def test_tangents_of_the_input():
+    """With frozen weights nothing but the hidden states tells that a derivative is asked for."""
+    layer = fastformer.accelerate(bert("BertModel").double()).requires_grad_(False).encoder.layer[0]
+    x, direction = torch.randn(2, 5, 48, dtype=torch.float64), torch.randn(2, 5, 48, dtype=torch.float64)
+    layer(x)
+    with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        _, tangent = torch.func.jvp(layer, (x,), (direction,))
+        with forward_ad.dual_level():
+            dual = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, direction)))
+    difference = (layer(x + 1e-5 * direction) - layer(x - 1e-5 * direction)) / 2e-5
+    torch.testing.assert_close(tangent, difference, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(dual.tangent, tangent)

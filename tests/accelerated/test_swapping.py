@@ -1,6 +1,7 @@
 """What accelerate and restore do to a model, and what they leave as it was."""
 
 import copy
+import inspect
 import pickle
 import subprocess
 import sys
@@ -56,6 +57,8 @@ def test_swapped_classes_look_like_the_stock_ones(model):
     fastformer.accelerate(model)
     for module, cls in zip(model.modules(), stock, strict=True):
         assert isinstance(module, cls)
+        parameters = [list(inspect.signature(c.forward).parameters) for c in (type(module), cls)]
+        assert parameters[0] == parameters[1]  # generate and Trainer read it
         names = [(c.__name__, c.__qualname__, c.__module__) for c in (type(module), cls)]
         assert names[0] == names[1]
     assert repr(model) == repr(fastformer.restore(copy.deepcopy(model)))
@@ -82,6 +85,7 @@ def test_pickle_is_stock(model):
     torch.testing.assert_close(logits(loaded), logits(model), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_pickle_needs_no_fastformer(tmp_path):
     """An accelerated model of transformers is read in a process that never imports fastformer."""
     model = fastformer.accelerate(bert())
@@ -140,11 +144,13 @@ def test_another_attention_implementation_is_respected(build, implementation):
     assert len(left) == 2 and all(implementation in row.reasons[0] for row in left)
     if implementation == "eager":
         torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-4)
-        out = model(input_ids=ids(), attention_mask=padding("right"), output_attentions=True)
-        assert len(out.attentions) == 2
         stock = fastformer.restore(copy.deepcopy(model))
-        wanted = stock(input_ids=ids(), attention_mask=padding("right"), output_attentions=True)
-        torch.testing.assert_close(out.attentions, wanted.attentions, atol=1e-5, rtol=1e-4)
+        given = {"input_ids": ids(), "attention_mask": padding("right"), "output_attentions": True}
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                out, wanted = model(**given), stock(**given)
+            assert len(out.attentions) == 2
+            torch.testing.assert_close(out.attentions, wanted.attentions, atol=1e-5, rtol=1e-4)
     model.set_attn_implementation("sdpa")
     assert not fastformer.report(model).left
     assert torch.equal(logits(model), expected)

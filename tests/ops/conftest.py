@@ -8,8 +8,10 @@ import fastformer
 
 @pytest.fixture(autouse=True)
 def kernels() -> Iterator[None]:
-    """The kernels are what is tested here, also where plain PyTorch would be chosen because it is faster (few rows); strict:
-    nothing falls back to it unseen."""
+    """The kernels are what is tested here, also where plain PyTorch would be chosen because it is faster (few rows).
+
+    Strict: nothing falls back to it unseen.
+    """
     with fastformer.backend("cpu", strict=True):
         yield
 

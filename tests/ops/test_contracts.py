@@ -1,4 +1,4 @@
-"""What holds for every op: one call of each (tests/cases.py), with and without gradients, compiled, exported, in threads."""
+"""What holds for every op: calls of each (tests/cases.py), with and without gradients, compiled, exported, threaded."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -207,7 +207,7 @@ def test_export(case):
 class TestThreads:
     def test_same_gradients_again(self, case, threads):
         """The order of every sum depends on the number of threads alone."""
-        tensors = leaves(case, scale=50)
+        tensors = leaves(case, scale=1 if "cu_seq_q" in case.options() or "attn_mask" in case.options() else 50)
         first = run(case, tensors)
         for _ in range(3):
             assert_all_equal(run(case, tensors), first)

@@ -17,7 +17,9 @@ ACTIVATIONS = (None, "gelu", "gelu_tanh", "relu", "silu")
 SIZES = [(7, 16, 17, 63), (63, 65, 64, 7), (97, 17, 65, 16), (96, 32, 128, 32), (5, 96, 768, 97), (200, 40, 97, 65)]
 
 
-def tensors(rows: int, in_features: int, hidden: int, out_features: int, dtype: torch.dtype, **layout: str) -> dict[str, Tensor]:
+def tensors(
+    rows: int, in_features: int, hidden: int, out_features: int, dtype: torch.dtype, **layout: str
+) -> dict[str, Tensor]:
     return {
         "input": randn(rows, in_features, dtype=dtype, **layout),
         "weight1": randn(hidden, in_features, dtype=dtype, **layout) / max(in_features, 1) ** 0.5,

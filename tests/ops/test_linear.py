@@ -14,7 +14,16 @@ from fastformer import ops, reference
 
 ACTIVATIONS = (None, "gelu", "gelu_tanh", "relu", "silu")
 # (rows, in_features, out_features): around tiles, panels of 8 to 64 columns and blocks of 128 in depth, and larger
-SIZES = [(5, 7, 16), (7, 17, 15), (63, 65, 64), (16, 97, 63), (65, 768, 7), (97, 128, 129), (200, 260, 65), (6, 3072, 32)]
+SIZES = [
+    (5, 7, 16),
+    (7, 17, 15),
+    (63, 65, 64),
+    (16, 97, 63),
+    (65, 768, 7),
+    (97, 128, 129),
+    (200, 260, 65),
+    (6, 3072, 32),
+]
 
 
 def tensors(rows: int, in_features: int, out_features: int, dtype: torch.dtype, **layout: str) -> dict[str, Tensor]:
@@ -243,7 +252,12 @@ X, W, B = torch.ones(2, 3), torch.ones(5, 3), torch.ones(5)
         ((X, W.bfloat16()), {}, TypeError, "weight: expected torch.float32 as input has, got torch.bfloat16"),
         ((X, W, B.double()), {}, TypeError, "bias: expected torch.float32 as input has, got torch.float64"),
         ((X, W, B.to("meta")), {}, ValueError, "bias: expected on cpu as input is, got meta"),
-        ((X, W), {"residual": torch.ones(2, 5).int()}, TypeError, "residual: expected a floating dtype, got torch.int32"),
+        (
+            (X, W),
+            {"residual": torch.ones(2, 5).int()},
+            TypeError,
+            "residual: expected a floating dtype, got torch.int32",
+        ),
         ((torch.ones(()), W), {}, ValueError, r"input: expected \(\.\.\., in_features\)"),
         ((X, W.t()), {}, ValueError, r"weight: expected \(out_features, 3\) .*, got \(3, 5\)"),
         ((X, B), {}, ValueError, r"weight: expected \(out_features, 3\) .*, got \(5,\)"),
