@@ -24,7 +24,7 @@ class Row:
     name: str  # its path in the model, "" for the model itself
     module: str  # its class
     swapped: bool
-    reasons: tuple[str, ...]  # why it was left; of a swapped module: what has come up since, and sends it down the stock path
+    reasons: tuple[str, ...]  # why it runs its stock forward: it was left, or something inside has changed since
 
     @property
     def fused(self) -> bool:
@@ -60,15 +60,18 @@ class Report:
 def accelerate(model: Model, *, strict: bool = False) -> Model:
     """Runs the attention, feed-forward and layer-norm layers of a BERT or GPT-2 on fused kernels, in place.
 
-    The classes of the layers are swapped for subclasses with the same names; parameters, config and state_dict are as
-    before, and so are checkpoints, hooks, generate and Trainer. Each call chooses: with gradients, in training and under
-    autocast the differentiable ops of :mod:`fastformer.ops`; otherwise, on CPUs, the same with weights that are packed at
-    the first call and kept beside the layers, which takes as much memory again as the layers' weights (in float32: 16-bit
-    weights take twice as much); under ``fastformer.backend("torch")``, and where something inside a layer is no longer what
-    it was, the layer's stock forward.
+    The classes of the layers are swapped for subclasses with the same names; parameters, config and state_dict stay as
+    they are, and checkpoints, hooks, generate and Trainer work as before. At each call a layer runs
 
-    A deepcopy of the model is accelerated too, a pickle of it is of the stock classes. `restore` undoes it; to accelerate
-    a model twice is to do it once. Wrap with FSDP2 afterwards: it gives classes other names.
+    - the differentiable ops of :mod:`fastformer.ops` where gradients are needed, in training, and under autocast;
+    - else, on CPUs, the same on weights that are packed at the first such call (:mod:`fastformer.packing`). They are
+      kept beside the layers and take as much memory again as the weights of the layers and of a language-model head,
+      for 16-bit weights twice as much;
+    - its stock forward under ``fastformer.backend("torch")``, and where a module inside is no longer what it was: of
+      another class (LoRA), with a hook.
+
+    A deepcopy of the model is accelerated too; a pickle of it holds the stock classes. To accelerate twice is to do it
+    once. Wrap with FSDP2 afterwards, which gives the layers classes of its own.
 
     Args:
         model: of transformers (BERT, GPT-2) or of fastformer.models, or any module with such models inside.
@@ -79,12 +82,14 @@ def accelerate(model: Model, *, strict: bool = False) -> Model:
 
     Raises:
         ValueError: nothing in the model is known.
-        NotImplementedError: strict, and a layer would be left: with every reason, and nothing is swapped; or a version of
-            transformers that is too old.
+        NotImplementedError: strict, and a layer would be left (it gives every reason, and nothing is swapped); or a
+            version of transformers that is too old.
     """
     candidates = _candidates(model)
     if not candidates:
-        raise ValueError(f"model: {type(model).__name__} has no layer that fastformer knows; it takes {integrations.SUPPORTED}")
+        raise ValueError(
+            f"model: {type(model).__name__} has no layer that fastformer knows; it takes {integrations.SUPPORTED}"
+        )
     rows = [_row(candidate) for candidate in candidates]
     left = [row for row in rows if row.reasons]
     if strict and left:
@@ -110,9 +115,8 @@ def restore(model: Model) -> Model:
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, Fused)]
     for name, module in layers:
         if "stock" not in type(module).__dict__:
-            raise RuntimeError(
-                f"model: {name} is a {type(module).__name__} since it was accelerated: restore the model before fully_shard"
-            )
+            cls = type(module).__name__
+            raise RuntimeError(f"model: {name} has become a {cls} since: restore a model before fully_shard")
     for _, module in layers:
         packing.drop(module)
         module.__class__ = module.stock
@@ -127,8 +131,8 @@ def report(model: nn.Module) -> Report:
 def repack(model: nn.Module) -> None:
     """Drops the packed weights of a model; its next inference packs them anew.
 
-    To be called after single elements of a weight were edited through `.data`, or in place under inference_mode: nothing
-    else goes unnoticed.
+    To be called after single elements of a weight were edited through `.data`, or in place under inference_mode:
+    nothing else goes unnoticed.
     """
     for module in model.modules():
         packing.drop(module)

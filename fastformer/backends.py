@@ -128,7 +128,6 @@ def _check_name(name: str, where: str) -> None:
         raise ValueError(f"{where}: got {name!r}, expected one of {', '.join(BACKENDS)}")
 
 
-@torch._dynamo.assume_constant_result
 def _requested() -> tuple[str | None, bool]:
     if _request.backend is not None:
         return _request.backend, _request.strict

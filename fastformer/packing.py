@@ -1,4 +1,4 @@
-"""Weights in the layout that the CPU kernels read, made at the first inference and kept beside the module that uses them.
+"""Weights in the layout that the CPU kernels read, made at the first inference and kept beside the module of theirs.
 
 They are no part of the module's state: state_dict, pickle and deepcopy do not see them; `.to()`, `load_state_dict` and
 `train()` drop them. They hold as long as nothing says that something changed:
@@ -7,8 +7,8 @@ They are no part of the module's state: state_dict, pickle and deepcopy do not s
 - each parameter's address and version counter, which every edit but those through `.data` moves on;
 - the number of optimizer steps in this process, because fused optimizers move no version counter;
 - the instruction set in use, which sets the layout;
-- samples of each matrix, compared bit for bit at every call: they catch edits of whole matrices through `.data`, such as a
-  merged LoRA.
+- samples of each matrix, compared bit for bit at every call: they catch edits of whole matrices through `.data`, such
+  as a merged LoRA.
 
 What none of these sees is an edit of a few elements through `.data`: `fastformer.repack(model)` is for that.
 """
@@ -40,8 +40,8 @@ class Packed:
     Args:
         module: whose fused forward they are for.
         children: the modules inside that this forward does not call: where each stands (a module's `_modules`, a name).
-        groups: matrices (out_features, in_features) of one dtype, out of the parameters of the module and these children;
-            those of a group have the same input and are laid out one after the other, as one matrix.
+        groups: matrices (out_features, in_features) of one dtype, parameters of the module or of these children; those
+            of a group have the same input and are laid out one after the other, as one matrix.
     """
 
     __slots__ = ("panels", "children", "dtype", "in_features", "_places", "_stamps", "_matrices", "_steps", "_isa")

@@ -13,6 +13,7 @@ import torch
 from accuracy import assert_op_close
 from cases import CASES
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastformer
 from fastformer import backends, library, ops, reference
@@ -126,6 +127,48 @@ class TestContext:
     def test_unknown(self, name):
         with pytest.raises(ValueError, match=f"backend: got {name!r}, expected one of cpu, triton, cuda, torch"):
             fastformer.backend(name).__enter__()
+
+
+@needs_library
+class TestCompiled:
+    """torch.compile sees the request, at the call and inside the function."""
+
+    @staticmethod
+    def graphs(function, *calls) -> list[str]:
+        """The code of what is compiled in these calls."""
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("eager")
+        compiled = torch.compile(function, backend=counter, fullgraph=True)
+        for call in calls:
+            call(compiled)
+        return [graph.code for graph in counter.graphs]
+
+    def test_at_the_call(self):
+        def on_torch(compiled):
+            with fastformer.backend("torch"):
+                compiled(X)
+
+        codes = self.graphs(lambda x: ops.layer_norm(x, 8), lambda compiled: compiled(X), on_torch)
+        assert ["fastformer_cpu.layer_norm" in code for code in codes] == [True, False]
+
+    def test_inside(self):
+        def function(x):
+            with fastformer.backend("torch"):
+                return ops.layer_norm(x, 8)
+
+        (code,) = self.graphs(function, lambda compiled: compiled(X))
+        assert "functional.layer_norm" in code and "fastformer" not in code
+
+    def test_where_torch_is_faster(self):
+        """Few rows and many rows are two graphs, and give the same."""
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("eager")
+        compiled = torch.compile(ops.linear, backend=counter, fullgraph=True, dynamic=True)
+        weight = torch.randn(6, 8)
+        for rows in (2, 100, 128, 500):
+            x = torch.randn(rows, 8)
+            assert torch.equal(compiled(x, weight), ops.linear(x, weight))
+        assert ["fastformer_cpu.linear" in graph.code for graph in counter.graphs] == [False, True]
 
 
 class TestEnvironment:

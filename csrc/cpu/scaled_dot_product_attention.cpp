@@ -47,35 +47,55 @@ Tensor check_cu_seq(const Tensor& cu_seq, int64_t total, int64_t longest, const 
   return checked;
 }
 
-// Tasks of the forward: pairs of (sequence, kv head), several of them in one task or several tasks for one.
-void forward(const AttentionArgs& args) {
-  const Kernels& k = kernels();
-  const int64_t bytes = k.attention_scratch_bytes(args), pairs = args.sequences * args.kv_heads;
-  const int64_t threads = torch::stable::get_num_threads();
-  if (threads == 1) return k.attention(args, 0, pairs, 0, 1, scratch(bytes));
-  const int64_t splits = pairs >= 4 * threads ? 1 : (4 * threads + pairs - 1) / std::max<int64_t>(pairs, 1);
-  const int64_t tasks = splits > 1 ? pairs : std::min(pairs, 16 * threads);
-  parallel_tasks(tasks * splits, [&](int64_t task) {
-    const int64_t t = task / splits;
-    k.attention(args, pairs * t / tasks, pairs * (t + 1) / tasks, task % splits, splits, scratch(bytes));
+// Threads that the work is worth: at least some 20 microseconds for each.
+int64_t threads_for(const AttentionArgs& a) {
+  const double products = double(a.sequences) * a.heads * a.queries * a.keys * (a.head_dim + a.value_dim);
+  return std::clamp<int64_t>(int64_t(products / 1e6), 1, torch::stable::get_num_threads());
+}
+
+// f(begin, end, split) in tasks of several (sequence, kv head) pairs each, or of one share of one pair.
+template <class F> void for_pairs(int64_t pairs, int64_t splits, int64_t threads, const F& f) {
+  const int64_t each = std::max<int64_t>(1, threads == 1 ? pairs : pairs / (4 * threads));
+  parallel_tasks((pairs + each - 1) / each * splits, [&](int64_t task) {
+    const int64_t begin = task / splits * each;
+    f(begin, std::min(pairs, begin + each), task % splits);
   });
 }
 
-// Tasks of the backward: pairs of (sequence, kv head); where they are few, shares of their keys, then of their queries.
-void backward(const AttentionBackwardArgs& args) {
+// Into how many shares a pair is split where the pairs alone don't keep the threads busy.
+int64_t shares(int64_t pairs, int64_t threads, int64_t rows) {
+  constexpr int64_t kRows = 48;  // a smaller share isn't worth packing the keys once more
+  return std::clamp<int64_t>((4 * threads + pairs - 1) / pairs, 1, rows / kRows + 1);
+}
+
+void forward(const AttentionArgs& args) {
   const Kernels& k = kernels();
-  const int64_t bytes = k.attention_backward_scratch_bytes(args), kv_heads = args.forward.kv_heads;
-  const int64_t pairs = args.forward.sequences * kv_heads, threads = torch::stable::get_num_threads();
-  const int64_t splits = threads == 1 || pairs >= 2 * threads ? 1 : (4 * threads + pairs - 1) / std::max<int64_t>(pairs, 1);
-  const auto run = [&](AttentionGradients wanted) {
-    parallel_tasks(pairs * splits, [&](int64_t task) {
-      const int64_t pair = task / splits;
-      k.attention_backward(args, wanted, pair / kv_heads, pair % kv_heads, task % splits, splits, scratch(bytes));
+  const int64_t pairs = args.sequences * args.kv_heads, threads = threads_for(args);
+  if (pairs == 0) return;
+  const int64_t bytes = k.attention_scratch_bytes(args);
+  const bool whole = threads == 1 || pairs >= 4 * threads || pairs % threads == 0;
+  const int64_t splits = whole ? 1 : shares(pairs, threads, args.heads / args.kv_heads * args.queries);
+  for_pairs(pairs, splits, threads, [&](int64_t begin, int64_t end, int64_t split) {
+    k.attention(args, begin, end, split, splits, scratch(bytes));
+  });
+}
+
+void backward(const AttentionBackwardArgs& b) {
+  const Kernels& k = kernels();
+  const AttentionArgs& a = b.forward;
+  const int64_t pairs = a.sequences * a.kv_heads, threads = threads_for(a);
+  if (pairs == 0) return;
+  const int64_t bytes = k.attention_backward_scratch_bytes(b);
+  const auto run = [&](AttentionGradients gradients, int64_t splits) {
+    for_pairs(pairs, splits, threads, [&](int64_t begin, int64_t end, int64_t split) {
+      k.attention_backward(b, gradients, begin, end, split, splits, scratch(bytes));
     });
   };
-  if (splits == 1) return run(AttentionGradients::all);
-  run(AttentionGradients::keys);
-  run(AttentionGradients::queries);
+  // Whole pairs take 5 products, shares of pairs 4 + 3, because grad_key and grad_query need the same scores.
+  const int64_t rounds = (pairs + threads - 1) / threads;
+  if (threads == 1 || rounds * threads * 5 <= pairs * 7) return run(AttentionGradients::all, 1);
+  run(AttentionGradients::keys, shares(pairs, threads, a.keys));
+  run(AttentionGradients::queries, shares(pairs, threads, a.heads / a.kv_heads * a.queries));
 }
 
 struct Options {
@@ -87,8 +107,9 @@ struct Options {
 };
 
 // Padded: (sequences, heads, rows, columns). Packed: (rows, heads, columns), with cu_seq_*.
-AttentionArgs padded_args(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask,
-                          const Options& o, const Tensor& result, const Tensor& lse) {
+AttentionArgs padded_args(const Tensor& query, const Tensor& key, const Tensor& value,
+                          const std::optional<Tensor>& mask, const Options& o, const Tensor& result,
+                          const Tensor& lse) {
   return {
       .dtype = dtype_of(query), .sequences = query.size(0), .heads = query.size(1), .kv_heads = key.size(1),
       .head_dim = query.size(3), .value_dim = value.size(3), .queries = query.size(2), .keys = key.size(2),
@@ -128,7 +149,8 @@ std::tuple<Tensor, Tensor, Tensor> scaled_dot_product_attention_backward(
     Tensor grad_output, Tensor query, Tensor key, Tensor value, std::optional<Tensor> attn_mask, Tensor result,
     Tensor lse, double dropout_p, std::optional<Tensor> seed, bool is_causal, double scale, int64_t window_left,
     int64_t window_right) {
-  query = adjacent(query), key = adjacent(key), value = adjacent(value), grad_output = adjacent(grad_output);
+  query = adjacent(query), key = adjacent(key), value = adjacent(value);
+  grad_output = adjacent(grad_output), result = adjacent(result);
   const Options options = {dropout_p, seed, is_causal, scale, window_left, window_right};
   const Tensor grad_query = new_rows(query, query.size(3)), grad_key = new_rows(key, key.size(3)),
                grad_value = new_rows(value, value.size(3));
@@ -157,7 +179,8 @@ std::tuple<Tensor, Tensor, Tensor> varlen_attn_backward(Tensor grad_output, Tens
                                                         int64_t max_q, int64_t max_k, double dropout_p,
                                                         std::optional<Tensor> seed, double scale, int64_t window_left,
                                                         int64_t window_right) {
-  query = adjacent(query), key = adjacent(key), value = adjacent(value), grad_output = adjacent(grad_output);
+  query = adjacent(query), key = adjacent(key), value = adjacent(value);
+  grad_output = adjacent(grad_output), result = adjacent(result);
   cu_seq_q = check_cu_seq(cu_seq_q, query.size(0), max_q, "cu_seq_q");
   cu_seq_k = check_cu_seq(cu_seq_k, key.size(0), max_k, "cu_seq_k");
   const Options options = {dropout_p, seed, false, scale, window_left, window_right};

@@ -1,9 +1,9 @@
 """How the class of a module is swapped, and how each call of a swapped module finds its path.
 
 A module's class is set to a subclass of its stock class with the same name: state_dict, hooks, isinstance, gradient
-checkpointing, `_no_split_modules` find what they know. The subclass has a fused forward that reads the parameters of the
-modules inside in place of calling them. So it looks at every call whether those are still as plain as they have to be
-(`survey`), and runs the stock forward where one is not.
+checkpointing, `_no_split_modules` find what they know. The subclass has a fused forward that reads the parameters of
+the modules inside in place of calling them. So it looks at every call whether those are still as plain as they have to
+be (`survey`), and runs the stock forward where one is not.
 """
 
 from __future__ import annotations
@@ -160,8 +160,8 @@ class Fused:
 
 
 def survey(module: nn.Module, fused: type[Fused] | None = None) -> tuple[list[str], list[tuple[dict, str]]]:
-    """What stops a module from being run as `fused` (by default its class), and the modules inside that would not be called:
-    where each stands, the `_modules` of a module and a name."""
+    """What stops a module from being run as `fused` (by default its class), and the modules inside that would not be
+    called: where each stands, the `_modules` of a module and a name."""
     fused = fused or type(module)
     obstacles, children = fused.own_obstacles(module), []
     if obstacle := _parameter_obstacle(module):
@@ -189,7 +189,9 @@ def survey(module: nn.Module, fused: type[Fused] | None = None) -> tuple[list[st
 def _parameter_obstacle(module: nn.Module) -> str | None:
     for name, parameter in module._parameters.items():
         if parameter is not None and parameter.__class__ is not nn.Parameter:
-            return f"has a {type(parameter).__name__} as its {name}"
+            cls = type(parameter).__name__
+            unless = " (unless FSDP2 gathers it for the call)" if cls == "DTensor" else ""
+            return f"has a {cls} as its {name}{unless}"
     return None
 
 
@@ -206,7 +208,7 @@ def dtype_obstacles(module: nn.Module, fused: type[Fused]) -> list[str]:
 
 
 def _refuse(module: Fused, backend: str | None, strict: bool, obstacles: list[str], device: str) -> None:
-    """Says why a call runs the stock forward. Obstacles inside are the report's business; that a backend is missing is not."""
+    """Says why a call runs the stock forward, unless it is for what the report tells."""
     missing = device not in _DEVICES[backend]
     if missing:
         why = backend and backends.why_unavailable(backend)
@@ -248,8 +250,8 @@ def dropout_p(module: nn.Dropout) -> float:
     return module.p if module.training else 0.0
 
 
-# What integrations know. Classes that are swapped wherever they are; classes such as nn.LayerNorm, swapped only under a name
-# inside of one class; and classes that are not swapped, with the reason.
+# What integrations know. Classes that are swapped wherever they are; classes such as nn.LayerNorm, which are swapped
+# only under a name inside of one class; and classes that are not swapped, with the reason.
 SWAPS: dict[type[nn.Module], type[Fused]] = {}
 CHILDREN: dict[tuple[type[nn.Module], str], type[Fused]] = {}
 UNSUPPORTED: dict[type[nn.Module], str] = {}

@@ -1,12 +1,12 @@
 """What the swapped models of transformers share: activations, masks and attention.
 
-The config is left as it is: attention is fused where `config._attn_implementation` is "sdpa", the default of transformers,
-and whoever sets "eager" or another one gets it.
+The config is left as it is: attention is fused where `config._attn_implementation` is "sdpa", the default of
+transformers, and whoever sets "eager" or another one gets it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -29,7 +29,9 @@ for _class, _name in {
 }.items():
     ACTIVATIONS[_class] = lambda module, name=_name: name
 
-WANTS_WEIGHTS = "fastformer_output_attentions"  # the keyword argument that asks the attention layers of a call for weights
+WANTS_WEIGHTS = (
+    "fastformer_output_attentions"  # the keyword argument that asks the attention layers of a call for weights
+)
 _NOT_FUSED = ("cache", "position_bias", "softcap")  # keyword arguments of an attention function
 
 
@@ -42,9 +44,9 @@ def takes(kwargs: dict[str, Any]) -> bool:
     return all(kwargs.get(name) is None for name in _NOT_FUSED)
 
 
-def request_weights(model: nn.Module, attentions: Sequence[nn.Module], kwargs: dict[str, Any]) -> None:
-    """Fused kernels never hold the attention weights: for output_attentions=True every layer of that call computes them as
-    "eager" does. A layer that is not swapped can't, and then none does, as in the stock model."""
+def request_weights(model: nn.Module, attentions: Iterable[nn.Module], kwargs: dict[str, Any]) -> None:
+    """Fused kernels never hold the attention weights: for output_attentions=True every layer of that call computes them
+    as "eager" does. A layer that is not swapped can't, and then none does, as in the stock model."""
     if not kwargs.get("output_attentions") or model.config._attn_implementation != "sdpa":
         return
     if all(isinstance(module, Fused) for module in attentions):
@@ -63,10 +65,10 @@ def attend(
     eager: Callable[..., tuple[Tensor, Tensor]],
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    """The context (B, Q, E) of query (B, H, Q, D), key and value (B, H, K, D), and the weights (B, H, Q, K) where asked for.
+    """The context (B, Q, E) of query (B, H, Q, D), key, value (B, H, K, D), and the weights (B, H, Q, K) if asked for.
 
-    As `transformers.integrations.sdpa_attention`: without a mask, several queries of a causal module are aligned to the top
-    left, for keys beyond them can only be the empty rest of a static cache.
+    As `transformers.integrations.sdpa_attention`: without a mask, several queries of a causal module are aligned to the
+    top left, for keys beyond them can only be the empty rest of a static cache.
     """
     is_causal = kwargs.get("is_causal")
     if is_causal is None:
@@ -88,4 +90,6 @@ def _additive(mask: Tensor | None, query: Tensor, key: Tensor, is_causal: bool) 
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
     if mask is None or mask.dtype != torch.bool:
         return mask
-    return torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, torch.finfo(query.dtype).min)
+    return torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(
+        ~mask, torch.finfo(query.dtype).min
+    )

@@ -24,7 +24,7 @@ from fastformer.integrations.huggingface import (
 class BertModel(Fused):
     @functools.wraps(stock.BertModel.forward)
     def forward(self, *args: Any, **kwargs: Any):
-        request_weights(self, [layer.attention.self for layer in self.encoder.layer], kwargs)
+        request_weights(self, (layer.attention.self for layer in self.encoder.layer), kwargs)
         return super().forward(*args, **kwargs)
 
     def _create_attention_masks(self, attention_mask, encoder_attention_mask, **kwargs: Any):
@@ -62,9 +62,7 @@ class BertSelfAttention(layers.BertSelfAttention):
                 past_key_values = past_key_values.self_attention_cache
             key, value = past_key_values.update(key, value, self.layer_idx)
         dropout_p = self.dropout.p if self.training else 0.0
-        return attend(
-            self, query, key, value, attention_mask, dropout_p, path, stock.eager_attention_forward, kwargs
-        )
+        return attend(self, query, key, value, attention_mask, dropout_p, path, stock.eager_attention_forward, kwargs)
 
 
 class _Output(layers.BertOutput):
@@ -113,9 +111,7 @@ SWAPS.update(
         stock.BertSelfOutput: fuse(stock.BertSelfOutput, _Output),
         stock.BertOutput: BertOutput,
         stock.BertLayer: fuse(stock.BertLayer, BertLayer),
-        stock.BertPredictionHeadTransform: fuse(
-            stock.BertPredictionHeadTransform, layers.BertPredictionHeadTransform
-        ),
+        stock.BertPredictionHeadTransform: fuse(stock.BertPredictionHeadTransform, layers.BertPredictionHeadTransform),
     }
 )
 CHILDREN[stock.BertEmbeddings, "LayerNorm"] = layers.FUSED_LAYER_NORM

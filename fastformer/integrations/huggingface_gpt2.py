@@ -10,14 +10,14 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.models.gpt2 import modeling_gpt2 as stock
 
 from fastformer.integrations import layers
-from fastformer.integrations.fused import CHILDREN, SWAPS, Path, Fused, fuse
+from fastformer.integrations.fused import CHILDREN, SWAPS, Fused, Path, fuse
 from fastformer.integrations.huggingface import WANTS_WEIGHTS, attend, attention_obstacles, request_weights, takes
 
 
 class GPT2Model(Fused):
     @functools.wraps(stock.GPT2Model.forward)
     def forward(self, *args: Any, **kwargs: Any):
-        request_weights(self, [block.attn for block in self.h], kwargs)
+        request_weights(self, (block.attn for block in self.h), kwargs)
         return super().forward(*args, **kwargs)
 
 
@@ -37,7 +37,11 @@ class GPT2Attention(layers.GptAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         path, packed = self.choose(hidden_states, attention_mask)
-        if (path is Path.STOCK and WANTS_WEIGHTS not in kwargs) or encoder_hidden_states is not None or not takes(kwargs):
+        if (
+            (path is Path.STOCK and WANTS_WEIGHTS not in kwargs)
+            or encoder_hidden_states is not None
+            or not takes(kwargs)
+        ):
             return super().forward(
                 hidden_states, past_key_values, attention_mask, encoder_hidden_states, encoder_attention_mask,
                 output_attentions, **kwargs,
@@ -69,8 +73,8 @@ class GPT2Block(layers.GptBlock):
     ) -> Tensor:
         if encoder_hidden_states is not None:
             return super().forward(
-                hidden_states, past_key_values, attention_mask, encoder_hidden_states, encoder_attention_mask, use_cache,
-                **kwargs,
+                hidden_states, past_key_values, attention_mask, encoder_hidden_states, encoder_attention_mask,
+                use_cache, **kwargs,
             )  # fmt: skip
         attention_output, _ = self.attn(
             self.ln_1(hidden_states),

@@ -1,7 +1,7 @@
 """The fused forwards of BERT and GPT-2 layers, for every library whose modules have the names of transformers.
 
-Each has two ways, see `fused.Path`: the differentiable ops, and the raw ops on packed weights, which need the call's overhead
-small: there parameters are read from the modules' dicts.
+Each has two ways, see `fused.Path`: the differentiable ops, and the raw ops on packed weights. The latter counts
+microseconds, and reads the parameters from the modules' dicts.
 Letters in shapes: B batch, Q queries, K keys, H heads, D head size, E = H D.
 """
 
@@ -55,7 +55,7 @@ def attention(
     window_size: tuple[int, int] = (-1, -1),
     path: Path,
 ) -> Tensor:
-    """(B, Q, E) of query (B, H, Q, D), key and value (B, H, K, D), and a mask as ops.scaled_dot_product_attention takes it."""
+    """(B, Q, E) of query (B, H, Q, D), key and value (B, H, K, D); the mask as in ops.scaled_dot_product_attention."""
     if path is Path.PACKED and _is_plain(query, key, value, mask):
         if mask is not None:
             mask = mask.expand(*query.shape[:3], key.shape[2])
@@ -71,7 +71,7 @@ def attention(
 
 
 def _is_plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Can they go to the raw op, which checks nothing? A cache may hold keys of another dtype, or that need a gradient."""
+    """Can they go to the raw op, which checks nothing? A cache may hold keys of another dtype, or with gradients."""
     for x in (key, value):
         if type(x) is not Tensor or x.requires_grad or x.dtype != query.dtype or x.device != query.device:
             return False
@@ -120,7 +120,8 @@ class LayerNorm(Fused):
 
 
 class Linear(Fused):
-    """A linear that no fused layer takes along: a language-model head."""
+    """A linear that no fused layer takes along, a language-model head: fused on packed weights only, for packing a
+    vocabulary at each call of ops.linear takes longer than its product gains."""
 
     def groups(self):
         fits = self.bias is None or self.bias.shape == self.weight.shape[:1]
@@ -128,12 +129,9 @@ class Linear(Fused):
 
     def forward(self, input: Tensor) -> Tensor:
         path, packed = self.choose(input)
-        if path is Path.STOCK:
+        if path is not Path.PACKED:
             return super().forward(input)
-        weight, bias = self.weight, self.bias
-        if path is Path.OPS:
-            return ops.linear(input, weight, bias)
-        return _raw.packed_linear(input, packed.panels[0], weight.shape[0], bias, None, None)
+        return linear(self, input, packed.panels[0])
 
 
 FUSED_LAYER_NORM = fuse(nn.LayerNorm, LayerNorm)
@@ -192,7 +190,7 @@ def post_norm(output: Tensor, residual: Tensor, dropout: nn.Dropout, norm: nn.La
 
 
 class BertLayer(Fused):
-    """The feed-forward network with its layer-norm. `inner` of each library puts the classes of the two containers first."""
+    """The feed-forward network with its layer-norm. Each library puts the two containers first in `inner`."""
 
     inner = {
         "intermediate.dense": LINEARS,
@@ -266,7 +264,7 @@ class GptAttention(Fused):
 
 
 class GptBlock(Fused):
-    """The residual sum and the feed-forward network. `inner` of each library puts the class of the container first."""
+    """The residual sum and the feed-forward network. Each library puts the container first in `inner`."""
 
     inner = {
         "mlp.c_fc": LINEARS,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastformer.integrations import layers
 from fastformer.integrations.fused import CHILDREN, SWAPS, Path, fuse

@@ -1,4 +1,4 @@
-"""Small random models of both libraries, and what is asked of an accelerated one: the accuracy rule over all results."""
+"""Small random models of both libraries, and the accuracy rule over all the results of an accelerated one."""
 
 import copy
 from collections.abc import Callable

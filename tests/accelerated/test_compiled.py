@@ -25,7 +25,8 @@ CASES = [(model, mode, padded) for model in MODELS for mode in ("inference", "tr
 
 
 @pytest.mark.parametrize(
-    ("model", "mode", "padded"), [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES]
+    ("model", "mode", "padded"),
+    [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES],
 )
 def test_one_graph(model, mode, padded):
     given = {"attention_mask": padding(padded)} if padded else {}
@@ -98,4 +99,6 @@ def test_export(model):
     with torch.no_grad():
         out = program.module()(ids(), mask)
     exported = out["logits"] if isinstance(out, dict) else out[1] if out[0] is None else out.logits
-    torch.testing.assert_close(exported[mask.bool()], logits(fused, attention_mask=mask)[mask.bool()], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        exported[mask.bool()], logits(fused, attention_mask=mask)[mask.bool()], atol=1e-5, rtol=1e-4
+    )

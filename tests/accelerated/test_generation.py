@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
-from accelerated.small import B, S, VOCABULARY, assert_agrees, gpt2, ids, padding, reference_gpt
+from accelerated.small import VOCABULARY, B, S, assert_agrees, gpt2, ids, padding, reference_gpt
 from torch import Tensor, nn
 
 import fastformer

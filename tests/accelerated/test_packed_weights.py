@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import fastformer
-from fastformer import library, packing
+from fastformer import library
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="needs the op library")
 
@@ -81,7 +81,9 @@ def test_optimizer_step(model, optimizer, training):
 @pytest.mark.parametrize("model", ["bert", "gpt2"], indirect=True)
 def test_optimizer_step_that_changes_one_element(model):
     """No version counter moves, and no sample sees it."""
-    weight = next(p for name, p in model.named_parameters() if name.endswith(("intermediate.dense.weight", "c_fc.weight")))
+    weight = next(
+        p for name, p in model.named_parameters() if name.endswith(("intermediate.dense.weight", "c_fc.weight"))
+    )
 
     def change():
         weight.grad = torch.zeros_like(weight)
@@ -140,7 +142,9 @@ def test_edit_of_vectors(model):
 
 
 def test_edit_of_all_weights_at_once(model):
-    assert_changes(model, lambda: vector_to_parameters(parameters_to_vector(model.parameters()) * 1.1, model.parameters()))
+    assert_changes(
+        model, lambda: vector_to_parameters(parameters_to_vector(model.parameters()) * 1.1, model.parameters())
+    )
 
 
 def test_new_parameter(model):

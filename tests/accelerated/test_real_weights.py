@@ -33,7 +33,9 @@ def embed(model, batch) -> torch.Tensor:
     return torch.nn.functional.normalize((states * kept).sum(1) / kept.sum(1), dim=1)
 
 
-@pytest.mark.parametrize("load", [transformers.AutoModel.from_pretrained, models.load], ids=["transformers", "reference"])
+@pytest.mark.parametrize(
+    "load", [transformers.AutoModel.from_pretrained, models.load], ids=["transformers", "reference"]
+)
 def test_embeddings(load, batch):
     model = load(FOLDER).eval()
     state = copy.deepcopy(model.state_dict())

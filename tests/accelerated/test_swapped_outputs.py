@@ -84,7 +84,12 @@ def test_activations(library_of, activation, mode):
     assert_agrees(bert(library=library_of, hidden_act=activation), results)
 
 
-ARCHITECTURES = ["BertForPreTraining", "BertForSequenceClassification", "BertForTokenClassification", "BertForQuestionAnswering"]
+ARCHITECTURES = [
+    "BertForPreTraining",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "BertForQuestionAnswering",
+]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -270,7 +275,12 @@ def test_dropout(model):
     names = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3}
     if "gpt" in model:
         names = {"resid_pdrop": 0.3, "attn_pdrop": 0.3}
-    build = {"bert": bert, "gpt2": gpt2, "reference bert": lambda **c: bert(library=models, **c), "reference gpt": reference_gpt}
+    build = {
+        "bert": bert,
+        "gpt2": gpt2,
+        "reference bert": lambda **c: bert(library=models, **c),
+        "reference gpt": reference_gpt,
+    }
     eager = build[model](**names)
     fused = fastformer.accelerate(copy.deepcopy(eager))
     torch.testing.assert_close(logits(fused), logits(eager), atol=1e-5, rtol=1e-4)
@@ -306,7 +316,7 @@ def test_gradient_checkpointing(model, reentrant):
         m.gradient_checkpointing_enable({"use_reentrant": reentrant})
         layers = m.bert.encoder.layer if model == "bert" else m.transformer.h
         calls = []
-        hook = (layers[0].output.dense if model == "bert" else layers[0].mlp.c_proj)  # a module inside would see a call
+        hook = layers[0].output.dense if model == "bert" else layers[0].mlp.c_proj  # a module inside would see a call
         assert not hook._forward_hooks
         original = type(layers[0]).feed_forward
         type(layers[0]).feed_forward = lambda *args: calls.append(1) or original(*args)
@@ -330,7 +340,9 @@ def test_backend_torch_runs_the_stock_forward(model):
     eager = MODELS[model]()
     fused = fastformer.accelerate(copy.deepcopy(eager))
     with fastformer.backend("torch"):
-        assert torch.equal(logits(fused, attention_mask=padding("right")), logits(eager, attention_mask=padding("right")))
+        assert torch.equal(
+            logits(fused, attention_mask=padding("right")), logits(eager, attention_mask=padding("right"))
+        )
 
 
 def test_a_missing_backend_is_said_once(recwarn):

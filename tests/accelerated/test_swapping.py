@@ -235,8 +235,7 @@ HOOKS = {
 
 @pytest.mark.parametrize("hook", HOOKS)
 def test_hooks_on_inner_modules_are_called(model, hook):
-    """Registered after the first inference: the stock forward's result with the same hook. Attention dropouts are called by
-    no forward, and dropouts in eval mode all the same if they have a hook."""
+    """Registered after the first inference: the result is that of the stock model with the same hook."""
     for name in inner_modules(model):
         eager = copy.deepcopy(model)
         fused = fastformer.accelerate(copy.deepcopy(model))
@@ -260,7 +259,11 @@ def test_hooks_on_layers_do_not_stop_them(model):
     expected = logits(model)
     seen = []
     for module in model.modules():
-        if list(module.children()) and "Output" not in type(module).__name__ and "Intermediate" not in type(module).__name__:
+        if (
+            list(module.children())
+            and "Output" not in type(module).__name__
+            and "Intermediate" not in type(module).__name__
+        ):
             if not type(module).__name__.endswith("MLP"):
                 module.register_forward_hook(lambda module, args, out: seen.append(module))
     report = fastformer.report(fastformer.accelerate(model))
@@ -348,7 +351,10 @@ def test_strict_backend_raises_where_a_layer_is_left():
 
 
 def test_unknown_model():
-    for unknown in (nn.Linear(3, 3), transformers.T5Model(transformers.T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=9))):
+    for unknown in (
+        nn.Linear(3, 3),
+        transformers.T5Model(transformers.T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=9)),
+    ):
         before = classes(unknown)
         with pytest.raises(ValueError, match=f"{type(unknown).__name__}.*BERT and GPT-2"):
             fastformer.accelerate(unknown)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
-from accelerated.small import B, MODELS, bert, gpt2, ids
+from accelerated.small import MODELS, B, bert, gpt2, ids
 from torch import nn
 
 import fastformer
@@ -67,7 +67,9 @@ def train(model: nn.Module, folder, **options) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"bf16": True}], ids=["float32", "checkpoints", "bf16"])
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_checkpointing": True}, {"bf16": True}], ids=["float32", "checkpoints", "bf16"]
+)
 @pytest.mark.parametrize("build", [bert, gpt2])
 def test_trainer(build, options, tmp_path):
     pytest.importorskip("accelerate")

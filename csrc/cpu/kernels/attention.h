@@ -1,4 +1,5 @@
-// What the forward and the backward of attention share: which keys a query sees, masks, packing and products.
+// What the forward and the backward of attention share: which keys a query sees, masks, exponentials of scores. Their
+// products are in attention_products.h.
 #pragma once
 
 #include "lanes.h"
@@ -8,15 +9,9 @@
 
 namespace fastformer::FASTFORMER_ISA {
 
-// Scores are computed in blocks of queries x keys. The blocks of keys begin at multiples of kKeyBlock whatever the
-// queries see of them, so that the result of a query depends neither on the other queries nor on the threads.
-#ifndef QB
-#define QB 48
-#endif
-#ifndef KB
-#define KB 256
-#endif
-constexpr int64_t kQueryBlock = QB, kKeyBlock = KB;
+// Scores are computed in blocks of queries x keys, which begin at multiples of these numbers whatever the queries see
+// of the keys: so results depend neither on the threads nor on the padding.
+constexpr int64_t kQueryBlock = 48, kKeyBlock = 256;
 constexpr int64_t kScoreStride = kKeyBlock + 16;
 template <class S> constexpr int64_t kPanelKeys = kTileColumns<S>;
 template <class S> constexpr S kInf = S(__builtin_inf());
@@ -48,6 +43,7 @@ struct Scratch {
 struct KeyRange {
   int64_t begin, end;
 };
+FF_INLINE KeyRange intersection(KeyRange a, KeyRange b) { return {max(a.begin, b.begin), min(a.end, b.end)}; }
 
 // One sequence: its rows in the tensors, and the keys that its queries see, mask apart.
 struct Sequence {
@@ -59,9 +55,9 @@ struct Sequence {
         queries(a.cu_seq_q ? a.cu_seq_q[sequence + 1] - first_query : a.queries),
         first_key(a.cu_seq_k ? a.cu_seq_k[sequence] : 0),
         keys(a.cu_seq_k ? a.cu_seq_k[sequence + 1] - first_key : a.keys) {
-    const int64_t shift = keys - queries, limit = keys + queries;
-    first_offset = a.window_left < 0 ? -limit : max(-limit, shift - a.window_left);
-    last_offset = a.window_right < 0 ? limit : min(limit, shift + a.window_right);
+    const int64_t shift = keys - queries, limit = 2 * (keys + queries);  // as good as no limit
+    first_offset = a.window_left < 0 ? -limit : shift - min(a.window_left, limit);
+    last_offset = a.window_right < 0 ? limit : shift + min(a.window_right, limit);
     if (a.is_causal) last_offset = min<int64_t>(last_offset, 0);
   }
   // Both ends never fall from one query to the next.
@@ -79,6 +75,45 @@ FF_INLINE auto* row_of(const AttentionTensor<Data>& t, const Sequence& s, int64_
     return (const T*)t.data + s.index * t.sequence + head * t.head + row * t.row;
 }
 
+// A block of rows (at least one), cut into tiles of nearly as many rows each: tile t is rows [begin[t], begin[t + 1]).
+struct RowTiles {
+  int64_t count;
+  int64_t begin[kQueryBlock / kTileRows + 1];
+  explicit RowTiles(int64_t rows) : count((rows + kTileRows - 1) / kTileRows) {
+    for (int64_t t = 0; t <= count; ++t) begin[t] = rows * t / count;
+  }
+};
+
+// The keys of `block` that one query sees, and the whole vectors that hold them, relative to key `base`.
+template <class S> struct RowRange {
+  int64_t begin, end, from, to;
+  RowRange(const Sequence& s, int64_t query, KeyRange block, int64_t base) {
+    const KeyRange seen = intersection(block, s.range(query, query + 1));
+    begin = (seen.begin < seen.end ? seen.begin : block.begin) - base;
+    end = (seen.begin < seen.end ? seen.end : block.begin) - base;
+    from = round_down<S>(begin);
+    to = begin == end ? from : round_up<S>(end);
+  }
+};
+
+// The query blocks of a pair of (sequence, kv head): those of its first query head, then those of the next.
+struct QueryBlocks {
+  int64_t queries, per_head, begin, end;  // the blocks [begin, end) are the share of one task
+  QueryBlocks(const AttentionArgs& a, const Sequence& s, int64_t split, int64_t splits)
+      : queries(s.queries), per_head((s.queries + kQueryBlock - 1) / kQueryBlock),
+        begin(a.heads / a.kv_heads * per_head * split / splits),
+        end(a.heads / a.kv_heads * per_head * (split + 1) / splits) {}
+  int64_t head(int64_t block) const { return block / per_head; }  // of the pair's query heads
+  int64_t first_query(int64_t block) const { return block % per_head * kQueryBlock; }
+  int64_t rows(int64_t block) const { return min(kQueryBlock, queries - first_query(block)); }
+  bool one_head() const { return begin < end && head(begin) == head(end - 1); }
+  // The keys that some query of the share sees.
+  KeyRange keys(const Sequence& s) const {
+    if (begin == end) return {0, 0};
+    return one_head() ? s.range(first_query(begin), first_query(end - 1) + rows(end - 1)) : s.range(0, queries);
+  }
+};
+
 // ---- masks ----
 
 // The mask of some query rows of one head, and what it says about each key over all of them.
@@ -86,7 +121,6 @@ template <class S> struct MaskRows {
   const AttentionMask& mask;
   uint8_t *any, *all;  // per key: kept by some row; kept as it is by every row
   S* gathered;         // (kKeyBlock), where the keys of the mask are not adjacent
-  const char* summarized = nullptr;
 
   MaskRows(const AttentionArgs& a, Scratch& scratch)
       : mask(a.mask), any(scratch.take<uint8_t>(a.mask.data ? a.keys : 0)),
@@ -140,11 +174,14 @@ template <class S> struct MaskRows {
     return kept;
   }
 
-  // Applies the mask row to the scores of keys [key, key + count).
-  void apply(const char* row, int64_t key, int64_t count, S* scores) const {
+  // Applies the mask to the scores of one query, of which column 0 is key `base`.
+  void apply(const Sequence& s, int64_t head, int64_t query, int64_t base, const RowRange<S>& seen, S* scores) const {
+    const char* mask_row = row(s, head, query);
+    const int64_t key = base + seen.from, count = seen.end - seen.from;
+    scores += seen.from;
     if (mask.is_bool) {
       typedef uint8_t Bytes __attribute__((vector_size(kLanes<S>)));
-      const uint8_t* m = elements<uint8_t>(row, key, count);
+      const uint8_t* m = elements<uint8_t>(mask_row, key, count);
       for_columns<S>(count, [&](int64_t c, int lanes) {
         Bytes bytes = {};
         lanes == kLanes<S> ? memcpy(&bytes, m + c, sizeof(bytes)) : memcpy(&bytes, m + c, size_t(lanes));
@@ -152,7 +189,7 @@ template <class S> struct MaskRows {
         store(scores + c, keep ? load(scores + c) : splat<S>(-kInf<S>));
       });
     } else {
-      const S* m = elements<S>(row, key, count);
+      const S* m = elements<S>(mask_row, key, count);
       for_columns<S>(count, [&](int64_t c, int lanes) {
         store(scores + c, load(scores + c) + (lanes == kLanes<S> ? load(m + c) : load_n(m + c, lanes, -kInf<S>)));
       });
@@ -190,174 +227,40 @@ FF_INLINE Vec<double> exp_score(Vec<double> x) { return exp(x); }
 FF_INLINE float log_of(float x) { return logf(x); }
 FF_INLINE double log_of(double x) { return log(x); }
 
-// ---- packing ----
+// ---- the next pair ----
 
-// Rows as the columns of panels: panel p holds rows [p W, (p + 1) W), W = kPanelKeys, as (depth, W), times `factor`;
-// zero padded to a whole vector.
-template <class T>
-static void pack_columns(const T* rows, int64_t row_stride, int64_t count, int64_t depth, compute_t<T> factor,
-                         compute_t<T>* panels) {
-  using S = compute_t<T>;
-  constexpr int64_t kW = kPanelKeys<S>;
-  constexpr int kN = kLanes<S>;
-  for (int64_t r = 0; r < count; r += kN) {
-    S* out = panels + r / kW * kW * depth + r % kW;
-    for (int64_t k = 0; k < depth; k += kN) {
-      const int lanes = int(min<int64_t>(kN, depth - k));
-      Vec<S> x[kN];
-      if (r + kN <= count && lanes == kN) {
-#pragma GCC unroll 16
-        for (int i = 0; i < kN; ++i) x[i] = load(rows + (r + i) * row_stride + k) * factor;
-      } else {
-        for (int i = 0; i < kN; ++i)
-          x[i] = r + i < count ? load_lanes(rows + (r + i) * row_stride + k, lanes) * factor : zero<S>();
-      }
-      transpose<S>(x);
-      if (lanes == kN) {
-#pragma GCC unroll 16
-        for (int i = 0; i < kN; ++i) store(out + (k + i) * kW, x[i]);
-      } else {
-        for (int i = 0; i < lanes; ++i) store(out + (k + i) * kW, x[i]);
-      }
-    }
-  }
-}
-
-// Rows of the compute type, zero padded to whole vectors: copied, or in place where they are so already and adjacent
-// (rows far apart compete for the same few sets of the cache) or `in_place` asks for it.
-template <class S> struct PackedRows {
-  const S* data;
-  int64_t stride;
-};
-template <class T>
-static PackedRows<compute_t<T>> pack_rows(const T* rows, int64_t row_stride, int64_t count, int64_t columns,
-                                          bool in_place, compute_t<T>* copy) {
-  using S = compute_t<T>;
-  const int64_t stride = round_up<S>(columns);
-  if constexpr (__is_same(T, S)) {
-    if (stride == columns && (row_stride == columns || in_place)) return {rows, row_stride};
-  }
-  for (int64_t r = 0; r < count; ++r)
-    for_columns<S>(columns, [&](int64_t c, int lanes) {
-      store(copy + r * stride + c, load_lanes(rows + r * row_stride + c, lanes));
-    });
-  return {copy, stride};
-}
-// Rows of the compute type, as they are: in place, or converted.
-template <class T>
-FF_INLINE PackedRows<compute_t<T>> compute_rows(const T* rows, int64_t row_stride, int64_t count, int64_t columns,
-                                                compute_t<T>* copy) {
-  if constexpr (__is_same(T, compute_t<T>)) return {rows, row_stride};
-  return pack_rows(rows, row_stride, count, columns, true, copy);
-}
-
-// ---- products ----
-
-// c = a b, or c += a b, for a tile of ROWS x (VECS vectors): as tile_product, but with TRANSPOSED a is (depth, ROWS),
-// and the old c is read last, so that no register is held for it.
-template <class S, int ROWS, int VECS, bool ACCUMULATE, bool TRANSPOSED>
-FF_INLINE void tile(int64_t depth, const S* a, int64_t lda, const S* b, int64_t ldb, S* c, int64_t ldc) {
-  Vec<S> acc[ROWS][VECS];
-#pragma GCC unroll 8
-  for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 4
-    for (int j = 0; j < VECS; ++j) acc[i][j] = zero<S>();
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec<S> bk[VECS];
-#pragma GCC unroll 4
-    for (int j = 0; j < VECS; ++j) bk[j] = load(b + k * ldb + j * kLanes<S>);
-#pragma GCC unroll 8
-    for (int i = 0; i < ROWS; ++i) {
-      const Vec<S> aik = splat<S>(TRANSPOSED ? a[k * lda + i] : a[i * lda + k]);
-#pragma GCC unroll 4
-      for (int j = 0; j < VECS; ++j) acc[i][j] += aik * bk[j];
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 4
-    for (int j = 0; j < VECS; ++j) {
-      S* p = c + i * ldc + j * kLanes<S>;
-      store(p, ACCUMULATE ? load(p) + acc[i][j] : acc[i][j]);
-    }
-}
-
-template <class S, int ROWS, bool ACCUMULATE, bool TRANSPOSED>
-static void product_rows(int vecs, int64_t depth, const S* a, int64_t lda, const S* b, int64_t ldb, S* c, int64_t ldc) {
-  if constexpr (kTileVecs == 4) {
-    if (vecs == 4) return tile<S, ROWS, 4, ACCUMULATE, TRANSPOSED>(depth, a, lda, b, ldb, c, ldc);
-    if (vecs == 3) return tile<S, ROWS, 3, ACCUMULATE, TRANSPOSED>(depth, a, lda, b, ldb, c, ldc);
-  }
-  if (vecs == 2) return tile<S, ROWS, 2, ACCUMULATE, TRANSPOSED>(depth, a, lda, b, ldb, c, ldc);
-  return tile<S, ROWS, 1, ACCUMULATE, TRANSPOSED>(depth, a, lda, b, ldb, c, ldc);
-}
-
-// c = a b, or c += a b, of up to kTileRows rows and kTileVecs vectors.
-template <class S, bool ACCUMULATE, bool TRANSPOSED = false>
-static void product(int rows, int vecs, int64_t depth, const S* a, int64_t lda, const S* b, int64_t ldb, S* c,
-                    int64_t ldc) {
-  switch (rows) {
-    case 1: return product_rows<S, 1, ACCUMULATE, TRANSPOSED>(vecs, depth, a, lda, b, ldb, c, ldc);
-    case 2: return product_rows<S, 2, ACCUMULATE, TRANSPOSED>(vecs, depth, a, lda, b, ldb, c, ldc);
-    case 3: return product_rows<S, 3, ACCUMULATE, TRANSPOSED>(vecs, depth, a, lda, b, ldb, c, ldc);
-    case 4: return product_rows<S, 4, ACCUMULATE, TRANSPOSED>(vecs, depth, a, lda, b, ldb, c, ldc);
-    case 5: return product_rows<S, 5, ACCUMULATE, TRANSPOSED>(vecs, depth, a, lda, b, ldb, c, ldc);
-    default: return product_rows<S, 6, ACCUMULATE, TRANSPOSED>(vecs, depth, a, lda, b, ldb, c, ldc);
-  }
-}
-
-// A block of rows, cut into tiles of nearly equal numbers of rows: tile t is rows [begin[t], begin[t + 1]).
-struct RowTiles {
-  int64_t count;
-  int64_t begin[kQueryBlock / kTileRows + 2];
-  explicit RowTiles(int64_t rows) : count((rows + kTileRows - 1) / kTileRows) {
-    for (int64_t t = 0; t <= count; ++t) begin[t] = rows * t / max<int64_t>(count, 1);
-  }
-};
-
-// Rows that the next task will use, fetched into the cache a few at a time while this one computes: the rows of a head
-// are far apart in memory, so the hardware doesn't foresee them.
+// Rows that the next pair of (sequence, kv head) will use, fetched into the cache a few at a time while this one
+// computes: the rows of a head are far apart in memory, so the hardware doesn't foresee them.
 struct Prefetch {
   struct Rows {
     const char* next;
-    int64_t stride, bytes, left, per_step;
+    int64_t stride, bytes, left, each;
   };
-  Rows tensors[4];
+  Rows tensors[8];
   int count = 0;
+  int64_t steps = 0;  // that the pair now being computed has
 
-  void add(const void* first, int64_t stride, int64_t bytes, int64_t rows, int64_t steps) {
-    tensors[count++] = {(const char*)first, stride, bytes, rows, (rows + steps - 1) / steps};
+  Prefetch() = default;
+  // Nothing is fetched for few queries, which wait for memory themselves, nor if the next pair, with so many bytes for
+  // a query and a key together, would push this one out of the cache.
+  Prefetch(const AttentionArgs& a, const Sequence& now, const Sequence& next, int64_t bytes) {
+    const int64_t group = a.heads / a.kv_heads;
+    if (group * now.queries < 8 || max(next.keys, next.queries) * bytes > 512 * 1024) return;
+    steps = group * ((now.queries + kTileRows - 1) / kTileRows) * ((now.keys + kKeyBlock - 1) / kKeyBlock);
+    if (a.is_causal) steps = (steps + 1) / 2;
+  }
+  void add(const void* first, int64_t stride, int64_t bytes, int64_t rows) {
+    if (steps) tensors[count++] = {(const char*)first, stride, bytes, rows, (rows + steps - 1) / steps};
   }
   FF_INLINE void step() {
     for (int t = 0; t < count; ++t) {
       Rows& r = tensors[t];
-      const int64_t rows = min(r.per_step, r.left);
+      const int64_t rows = min(r.each, r.left);
       for (int64_t i = 0; i < rows; ++i, r.next += r.stride)
         for (int64_t byte = 0; byte < r.bytes; byte += 64) __builtin_prefetch(r.next + byte, 0, 2);
       r.left -= rows;
     }
   }
 };
-
-FF_INLINE KeyRange intersection(KeyRange a, KeyRange b) { return {max(a.begin, b.begin), min(a.end, b.end)}; }
-
-// scores (rows, kScoreStride), column 0 = key `base`: a b for the keys of `keys` that the queries [q0, q0 + rows) see;
-// b are packed columns from key `packed_from` on.
-template <class S>
-static void score_block(const Sequence& s, int64_t q0, const RowTiles& tiles, int64_t base, KeyRange keys,
-                        PackedRows<S> a, int64_t depth, const S* b, int64_t packed_from, S* scores) {
-  constexpr int64_t kW = kPanelKeys<S>;
-  for (int64_t panel = keys.begin / kW * kW; panel < keys.end; panel += kW) {
-    const S* columns = b + (panel - packed_from) * depth;
-    for (int64_t t = 0; t < tiles.count; ++t) {
-      const int64_t i0 = tiles.begin[t], i1 = tiles.begin[t + 1];
-      const KeyRange seen = intersection(intersection(keys, {panel, panel + kW}), s.range(q0 + i0, q0 + i1));
-      if (seen.begin >= seen.end) continue;
-      const int64_t from = round_down<S>(seen.begin), to = round_up<S>(seen.end);
-      product<S, false>(int(i1 - i0), int((to - from) / kLanes<S>), depth, a.data + i0 * a.stride, a.stride,
-                        columns + from - panel, kW, scores + i0 * kScoreStride + from - base, kScoreStride);
-    }
-  }
-}
 
 }  // namespace fastformer::FASTFORMER_ISA

@@ -22,7 +22,6 @@ struct AttentionMask {
 };
 
 // output = dropout(softmax(scale query key^T + mask)) value. Query head h uses kv head h / (heads / kv_heads).
-// A query q sees the keys [q + first_key, q + last_key]: causal masks and windows.
 struct AttentionArgs {
   DType dtype;
   int64_t sequences, heads, kv_heads, head_dim, value_dim;
@@ -49,11 +48,11 @@ using AttentionKernel = void(const AttentionArgs&, int64_t begin, int64_t end, i
                              void* scratch);
 using AttentionScratchKernel = int64_t(const AttentionArgs&);
 
-// Which gradients a task of the backward computes: all of one (sequence, kv head), or grad_key and grad_value of a share
-// of its keys, or grad_query of a share of its queries.
+// Which gradients a task of the backward computes for its pairs: all, or grad_key and grad_value of the share `split`
+// of the key blocks, or grad_query of the share `split` of the query blocks.
 enum class AttentionGradients { all, keys, queries };
-using AttentionBackwardKernel = void(const AttentionBackwardArgs&, AttentionGradients, int64_t sequence,
-                                     int64_t kv_head, int64_t split, int64_t splits, void* scratch);
+using AttentionBackwardKernel = void(const AttentionBackwardArgs&, AttentionGradients, int64_t begin, int64_t end,
+                                     int64_t split, int64_t splits, void* scratch);
 using AttentionBackwardScratchKernel = int64_t(const AttentionBackwardArgs&);
 
 }  // namespace fastformer

@@ -1,7 +1,7 @@
 // Attention, forward: the scores of a block of queries x keys, an online softmax (Milakov and Gimelshein, 2018), and
 // the weighted sum of the values, block by block of keys.
 
-#include "attention.h"
+#include "attention_products.h"
 
 namespace fastformer::FASTFORMER_ISA {
 
@@ -9,12 +9,12 @@ template <class T> struct ForwardScratch {
   using S = compute_t<T>;
   Scratch scratch;
   MaskRows<S> mask;
-  S* keys;    // packed columns
-  S* values;  // packed rows
-  S* query;   // (kQueryBlock, head_dim), converted
-  S* scores;  // (kQueryBlock, kScoreStride)
-  S* output;  // (kQueryBlock, value_dim rounded up): not yet divided by the sum
-  S *largest, *sum;  // (kQueryBlock)
+  S* keys;           // packed columns
+  S* values;         // packed rows
+  S* query;          // (kQueryBlock, head_dim), converted
+  S* scores;         // (kQueryBlock, kScoreStride), then the probabilities, not yet divided by their sum
+  S* output;         // (kQueryBlock, value_dim rounded up), not yet divided either
+  S *largest, *sum;  // (kQueryBlock), of the blocks of keys so far
   Prefetch prefetch;
 
   ForwardScratch(const AttentionArgs& a, void* memory) : scratch{(char*)memory}, mask(a, scratch) {
@@ -35,13 +35,7 @@ int64_t attention_scratch_bytes(const AttentionArgs& a) {
   return bytes;
 }
 
-// The keys of a block that one row sees, and the whole vectors that hold them; relative to the block.
-template <class S> struct RowRange {
-  int64_t begin, end, from, to;
-  RowRange(KeyRange seen, int64_t base)
-      : begin(seen.begin - base), end(max(seen.begin, seen.end) - base), from(round_down<S>(begin)), to(round_up<S>(end)) {}
-};
-
+// Of whole vectors.
 template <class S> FF_INLINE S largest_score(const S* begin, const S* end) {
   Vec<S> a = splat<S>(-kInf<S>), b = a;
   for (; begin + kLanes<S> < end; begin += 2 * kLanes<S>) {
@@ -52,7 +46,8 @@ template <class S> FF_INLINE S largest_score(const S* begin, const S* end) {
   return reduce<S>(larger<S>(a, b), larger<S>);
 }
 
-// The probabilities of the rows [i0, i1) of a block (not divided by their sum), in place of the scores.
+// Scores to probabilities, in place, for the rows [i0, i1) of a block. Where a row's largest score rises, its output
+// and sum so far fall.
 template <class T>
 static void softmax_tile(const AttentionArgs& a, const Sequence& s, int64_t head, int64_t q0, int64_t i0, int64_t i1,
                          int64_t base, KeyRange block, bool masked, ForwardScratch<T>& w) {
@@ -64,30 +59,27 @@ static void softmax_tile(const AttentionArgs& a, const Sequence& s, int64_t head
   const int64_t tile_from = round_down<S>(tile.begin - base), tile_to = round_up<S>(tile.end - base);
   for (int64_t i = i0; i < i1; ++i) {
     S* row = w.scores + i * kScoreStride;
-    const RowRange<S> seen(intersection(block, s.range(q0 + i, q0 + i + 1)), base);
-    if (seen.begin == seen.end) continue;
+    const RowRange<S> seen(s, q0 + i, tile, base);
+    if (seen.from == seen.to) continue;
     cut_edges(row, seen.begin, seen.end);
-    if (masked) w.mask.apply(w.mask.row(s, head, q0 + i), base + seen.from, seen.end - seen.from, row + seen.from);
+    if (masked) w.mask.apply(s, head, q0 + i, base, seen, row);
     const S before = w.largest[i], now = max(before, largest_score(row + seen.from, row + seen.to));
-    if (now > before) {
-      w.largest[i] = now;
-      if (w.sum[i] != 0) {
-        const S factor = exp_score(splat<S>(before - now))[0];
-        w.sum[i] *= factor;
-        S* output = w.output + i * columns;
-        for (int64_t c = 0; c < columns; c += kLanes<S>) store(output + c, load(output + c) * factor);
-      }
-    }
+    if (!(now > before)) continue;
+    w.largest[i] = now;
+    if (w.sum[i] == 0) continue;
+    const S factor = exp_score(splat<S>(before - now))[0];
+    w.sum[i] *= factor;
+    S* output = w.output + i * columns;
+    for (int64_t c = 0; c < columns; c += kLanes<S>) store(output + c, load(output + c) * factor);
   }
   for (int64_t i = i0; i < i1; ++i) {
     S* row = w.scores + i * kScoreStride;
-    const RowRange<S> seen(intersection(block, s.range(q0 + i, q0 + i + 1)), base);
-    const int64_t from = seen.begin == seen.end ? tile_to : seen.from, to = seen.begin == seen.end ? tile_to : seen.to;
+    const RowRange<S> seen(s, q0 + i, tile, base);
     const S shift = w.largest[i] == -kInf<S> ? 0 : w.largest[i];
-    for (int64_t c = tile_from; c < from; c += kLanes<S>) store(row + c, zero<S>());
+    for (int64_t c = tile_from; c < seen.from; c += kLanes<S>) store(row + c, zero<S>());
     Vec<S> total = zero<S>();
     const auto probabilities = [&](auto drop) {
-      for (int64_t c = from; c < to; c += kLanes<S>) {
+      for (int64_t c = seen.from; c < seen.to; c += kLanes<S>) {
         const Vec<S> p = exp_score(load(row + c) - shift);
         total += p;
         store(row + c, drop(p, base + c));
@@ -99,56 +91,52 @@ static void softmax_tile(const AttentionArgs& a, const Sequence& s, int64_t head
     } else {
       probabilities([](Vec<S> p, int64_t) { return p; });
     }
-    for (int64_t c = to; c < tile_to; c += kLanes<S>) store(row + c, zero<S>());
+    for (int64_t c = seen.to; c < tile_to; c += kLanes<S>) store(row + c, zero<S>());
     w.sum[i] += reduce<S>(total, [](Vec<S> x, Vec<S> y) { return x + y; });
   }
 }
 
-// Queries [q0, q0 + rows) of one head.
+// Queries [q0, q0 + rows) of one head. Keys and values are packed from key `packed_from` on; where `key` is given, keys
+// are read there instead.
 template <class T>
 static void forward_block(const AttentionArgs& a, const Sequence& s, int64_t head, int64_t q0, int64_t rows,
-                          int64_t packed_from, PackedRows<compute_t<T>> values, ForwardScratch<T>& w) {
+                          const T* key, int64_t packed_from, PackedRows<compute_t<T>> values, ForwardScratch<T>& w) {
   using S = compute_t<T>;
-  const int64_t columns = round_up<S>(a.value_dim);
+  const int64_t columns = round_up<S>(a.value_dim), row0 = s.first_query + q0;
   const RowTiles tiles(rows);
   KeyRange keys = s.range(q0, q0 + rows);
   if (a.mask.data) keys = w.mask.summarize(s, head, q0, rows, keys);
 
-  const PackedRows<S> query = compute_rows(row_of<T>(a.query, s, head, s.first_query + q0), a.query.row, rows,
-                                           a.head_dim, w.query);
+  const PackedRows<S> query = compute_rows(row_of<T>(a.query, s, head, row0), a.query.row, rows, a.head_dim, w.query);
   for (int64_t i = 0; i < rows; ++i) w.largest[i] = -kInf<S>, w.sum[i] = 0;
-  bool started[kQueryBlock] = {};  // per tile: does w.output hold something?
+  for (int64_t i = 0; i < rows * columns; i += kLanes<S>) store(w.output + i, zero<S>());
 
   for (int64_t base = keys.begin / kKeyBlock * kKeyBlock; base < keys.end; base += kKeyBlock) {
     const KeyRange block = intersection(keys, {base, base + kKeyBlock});
     if (a.mask.data && !w.mask.keeps_any(block.begin, block.end)) continue;
     const bool masked = a.mask.data && !w.mask.keeps_all(block.begin, block.end);
-    score_block<S>(s, q0, tiles, base, block, query, a.head_dim, w.keys, packed_from, w.scores);
-    for (int64_t t = 0; t < tiles.count; ++t) softmax_tile<T>(a, s, head, q0, tiles.begin[t], tiles.begin[t + 1], base, block, masked, w);
-    for (int64_t c = 0; c < columns; c += kTileColumns<S>) {
-      const int vecs = int(min<int64_t>(kTileVecs, (columns - c) / kLanes<S>));
-      for (int64_t t = 0; t < tiles.count; ++t) {
-        const int64_t i0 = tiles.begin[t], i1 = tiles.begin[t + 1];
-        const KeyRange tile = intersection(block, s.range(q0 + i0, q0 + i1));
-        if (tile.begin >= tile.end) continue;
-        (started[t] ? product<S, true> : product<S, false>)(
-            int(i1 - i0), vecs, tile.end - tile.begin, w.scores + i0 * kScoreStride + tile.begin - base, kScoreStride,
-            values.data + tile.begin * values.stride + c, values.stride, w.output + i0 * columns + c, columns);
+    if (key) {
+      constexpr int64_t kW = kPanelKeys<S>;
+      for (int64_t panel = block.begin / kW * kW; panel < block.end; panel += kW) {
+        const KeyRange now = intersection(block, {panel, panel + kW});
+        pack_columns<T>(key + panel * a.key.row, a.key.row, now.end - panel, a.head_dim, S(a.scale), w.keys);
+        score_block<S>(s, q0, tiles, base, now, query, a.head_dim, w.keys, panel, w.scores);
       }
+    } else {
+      score_block<S>(s, q0, tiles, base, block, query, a.head_dim, w.keys, packed_from, w.scores);
     }
-    for (int64_t t = 0; t < tiles.count; ++t) {
-      const KeyRange tile = intersection(block, s.range(q0 + tiles.begin[t], q0 + tiles.begin[t + 1]));
-      started[t] |= tile.begin < tile.end;
-    }
+    for (int64_t t = 0; t < tiles.count; ++t)
+      softmax_tile<T>(a, s, head, q0, tiles.begin[t], tiles.begin[t + 1], base, block, masked, w);
+    add_rows<S>(s, q0, tiles, base, block, w.scores, values, packed_from, columns, w.output);
   }
 
   for (int64_t i = 0; i < rows; ++i) {
-    const S sum = w.sum[i], factor = 1 / sum;
-    T* output = row_of<T>(a.output, s, head, s.first_query + q0 + i);
+    const S sum = w.sum[i];  // 0: the row sees nothing
+    T* output = row_of<T>(a.output, s, head, row0 + i);
     for_columns<S>(a.value_dim, [&](int64_t c, int lanes) {
-      store_lanes(output + c, sum == 0 ? zero<S>() : load(w.output + i * columns + c) * factor, lanes);
+      store_lanes(output + c, sum == 0 ? zero<S>() : load(w.output + i * columns + c) * (1 / sum), lanes);
     });
-    *row_of<S>(a.lse, s, head, s.first_query + q0 + i) = sum == 0 ? -kInf<S> : w.largest[i] + log_of(sum);
+    *row_of<S>(a.lse, s, head, row0 + i) = sum == 0 ? -kInf<S> : w.largest[i] + log_of(sum);
   }
 }
 
@@ -156,42 +144,34 @@ template <class T>
 static void forward_pair(const AttentionArgs& a, const Sequence& s, int64_t kv_head, int64_t split, int64_t splits,
                          ForwardScratch<T>& w) {
   using S = compute_t<T>;
-  const int64_t group = a.heads / a.kv_heads, blocks = (s.queries + kQueryBlock - 1) / kQueryBlock;
-  const int64_t begin = group * blocks * split / splits, end = group * blocks * (split + 1) / splits;
-  if (begin == end) return;
-  const bool one_head = begin / blocks == (end - 1) / blocks;
-  KeyRange keys = one_head ? s.range(s.queries * (begin % blocks) / blocks,
-                                     s.queries * ((end - 1) % blocks + 1) / blocks)
-                           : s.range(0, s.queries);
-  if (a.mask.data && a.mask.query == 0 && (one_head || a.mask.head == 0))
-    keys = w.mask.summarize(s, kv_head * group + begin / blocks, 0, 1, keys);
+  const int64_t head = kv_head * (a.heads / a.kv_heads);
+  const QueryBlocks blocks(a, s, split, splits);
+  if (blocks.begin == blocks.end) return;
+  KeyRange keys = blocks.keys(s);
+  if (a.mask.data && a.mask.query == 0 && (blocks.one_head() || a.mask.head == 0))
+    keys = w.mask.summarize(s, head + blocks.head(blocks.begin), 0, 1, keys);
   keys.begin = keys.begin / kPanelKeys<S> * kPanelKeys<S>;
   const int64_t count = max<int64_t>(0, keys.end - keys.begin);
-  pack_columns<T>(row_of<T>(a.key, s, kv_head, s.first_key + keys.begin), a.key.row, count, a.head_dim, S(a.scale),
-                  w.keys);
-  const bool few = group * s.queries < 8;  // copying the values would cost more than it saves
-  PackedRows<S> values = pack_rows<T>(row_of<T>(a.value, s, kv_head, s.first_key + keys.begin), a.value.row, count,
-                                      a.value_dim, few, w.values);
-  values.data -= keys.begin * values.stride;
-  for (int64_t b = begin; b < end; ++b) {
-    const int64_t q0 = s.queries * (b % blocks) / blocks, q1 = s.queries * (b % blocks + 1) / blocks;
-    forward_block<T>(a, s, kv_head * group + b / blocks, q0, q1 - q0, keys.begin, values, w);
+  const T* key = row_of<T>(a.key, s, kv_head, s.first_key);
+  const bool few = s.queries < 8 && blocks.end - blocks.begin == 1;
+  if (!few) pack_columns<T>(key + keys.begin * a.key.row, a.key.row, count, a.head_dim, S(a.scale), w.keys);
+  const PackedRows<S> values = pack_rows<T>(row_of<T>(a.value, s, kv_head, s.first_key + keys.begin), a.value.row,
+                                            count, a.value_dim, few, w.values);
+  for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+    forward_block<T>(a, s, head + blocks.head(b), blocks.first_query(b), blocks.rows(b), few ? key : nullptr,
+                     keys.begin, values, w);
   }
 }
 
-// What the pair after this one begins with, unless it is so large that it would push this one out of the cache.
+// What the pair after this one reads and writes.
 template <class T> static Prefetch prefetch_pair(const AttentionArgs& a, const Sequence& now, int64_t pair) {
-  Prefetch prefetch;
   const Sequence s(a, pair / a.kv_heads);
-  const int64_t group = a.heads / a.kv_heads, kv_head = pair % a.kv_heads, head = kv_head * group;
-  const int64_t size = sizeof(T), key_bytes = a.head_dim * size, value_bytes = a.value_dim * size;
-  if (group * now.queries < 8 || (s.keys + s.queries) * (key_bytes + value_bytes) > 512 * 1024) return prefetch;
-  int64_t steps = group * ((now.queries + kTileRows - 1) / kTileRows) * ((now.keys + kKeyBlock - 1) / kKeyBlock);
-  steps = max<int64_t>(1, a.is_causal ? steps / 2 : steps);
-  prefetch.add(row_of<T>(a.key, s, kv_head, s.first_key), a.key.row * size, key_bytes, s.keys, steps);
-  prefetch.add(row_of<T>(a.value, s, kv_head, s.first_key), a.value.row * size, value_bytes, s.keys, steps);
-  prefetch.add(row_of<T>(a.query, s, head, s.first_query), a.query.row * size, key_bytes, s.queries, steps);
-  prefetch.add(row_of<T>(a.output, s, head, s.first_query), a.output.row * size, value_bytes, s.queries, steps);
+  const int64_t kv_head = pair % a.kv_heads, head = kv_head * (a.heads / a.kv_heads), size = sizeof(T);
+  Prefetch prefetch(a, now, s, size * (a.head_dim + a.value_dim));
+  prefetch.add(row_of<T>(a.key, s, kv_head, s.first_key), a.key.row * size, a.head_dim * size, s.keys);
+  prefetch.add(row_of<T>(a.value, s, kv_head, s.first_key), a.value.row * size, a.value_dim * size, s.keys);
+  prefetch.add(row_of<T>(a.query, s, head, s.first_query), a.query.row * size, a.head_dim * size, s.queries);
+  prefetch.add(row_of<T>(a.output, s, head, s.first_query), a.output.row * size, a.value_dim * size, s.queries);
   return prefetch;
 }
 
