@@ -97,8 +97,9 @@ def why_unavailable(backend: str) -> str | None:
 
 
 class _Request(threading.local):
-    backend: str | None = None
-    strict: bool = False
+    def __init__(self) -> None:  # in each thread; torch.compile watches what an instance has, not what its class has
+        self.backend: str | None = None
+        self.strict = False
 
 
 _request = _Request()

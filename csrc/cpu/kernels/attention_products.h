@@ -69,6 +69,9 @@ FF_INLINE PackedRows<compute_t<T>> compute_rows(const T* rows, int64_t row_strid
 
 // ---- products ----
 
+// Sums are made of sums of so many terms: more exact, and their share of b stays in L1.
+constexpr int64_t kDepth = 128;
+
 template <class S, int ROWS, bool ACCUMULATE, bool TRANSPOSED>
 static void product_rows(int vecs, int64_t depth, const S* a, int64_t lda, const S* b, int64_t ldb, S* c, int64_t ldc) {
   if constexpr (kTileVecs == 4) {
@@ -106,18 +109,19 @@ static void score_block(const Sequence& s, int64_t q0, const RowTiles& tiles, in
       const KeyRange seen = intersection(intersection(keys, {panel, panel + kW}), s.range(q0 + i0, q0 + i1));
       if (seen.begin >= seen.end) continue;
       const int64_t from = round_down<S>(seen.begin), to = round_up<S>(seen.end);
-      product<S, false>(int(i1 - i0), int((to - from) / kLanes<S>), depth, a.data + i0 * a.stride, a.stride,
-                        columns + from - panel, kW, scores + i0 * kScoreStride + from - base, kScoreStride);
+      for (int64_t k = 0; k == 0 || k < depth; k += kDepth)
+        (k ? product<S, true> : product<S, false>)(
+            int(i1 - i0), int((to - from) / kLanes<S>), min(kDepth, depth - k), a.data + i0 * a.stride + k, a.stride,
+            columns + k * kW + from - panel, kW, scores + i0 * kScoreStride + from - base, kScoreStride);
     }
   }
 }
 
 // c (rows, columns) += a b for the keys of `keys` that the queries see: a (rows, kScoreStride), column 0 = key `base`;
-// b (keys, columns) from key `packed_from` on. Short sums: more exact, and their share of b stays in L1.
+// b (keys, columns) from key `packed_from` on.
 template <class S>
 static void add_rows(const Sequence& s, int64_t q0, const RowTiles& tiles, int64_t base, KeyRange keys, const S* a,
                      PackedRows<S> b, int64_t packed_from, int64_t columns, S* c) {
-  constexpr int64_t kDepth = 128;
   for (int64_t k = base + (keys.begin - base) / kDepth * kDepth; k < keys.end; k += kDepth)
     for (int64_t column = 0; column < columns; column += kTileColumns<S>) {
       const int vecs = int(min<int64_t>(kTileVecs, (columns - column) / kLanes<S>));
