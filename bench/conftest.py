@@ -6,12 +6,13 @@ Before anything is timed, the outputs (and gradients) are checked: the error of 
 twice that of eager, plus one unit in the last place.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
+import fastformer
 from fastformer.cli.measure import accuracy
 
 Function = Callable[..., Tensor]
@@ -33,6 +34,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("contender", ["eager", "fused"])  # last, so that the two run one after the other
+
+
+@pytest.fixture(autouse=True)
+def kernels() -> Iterator[None]:
+    """The kernels are what is measured, also where plain PyTorch would be chosen."""
+    with fastformer.backend("cpu"):
+        yield
 
 
 @pytest.fixture

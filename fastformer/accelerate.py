@@ -57,7 +57,7 @@ class Report:
         return "\n".join([*table, f"{len(self.fused)} of {len(self.rows)} modules fused"])
 
 
-def accelerate(model: Model, *, strict: bool = False) -> Model:
+def accelerate(model: Model, *, unpad: bool = True, strict: bool = False) -> Model:
     """Runs the attention, feed-forward and layer-norm layers of a BERT or GPT-2 on fused kernels, in place.
 
     The classes of the layers are swapped for subclasses with the same names; parameters, config and state_dict stay as
@@ -75,6 +75,9 @@ def accelerate(model: Model, *, strict: bool = False) -> Model:
 
     Args:
         model: of transformers (BERT, GPT-2) or of fastformer.models, or any module with such models inside.
+        unpad: in inference on CPUs an encoder computes the real tokens of a padded batch only; its last hidden states
+            are 0 at padding, where the stock model has numbers without a meaning. Where hooks or output_hidden_states
+            look inside, the batch is computed as it is.
         strict: raise if any layer would be left on its stock forward.
 
     Returns:
@@ -98,7 +101,7 @@ def accelerate(model: Model, *, strict: bool = False) -> Model:
         reasons = dict.fromkeys(reason for row in left for reason in row.reasons)
         warnings.warn(f"fastformer.accelerate swapped nothing: {'; '.join(reasons)}", stacklevel=2)
     for candidate, row in zip(candidates, rows, strict=True):
-        if not row.swapped and not row.reasons:
+        if not row.swapped and not row.reasons and (unpad or not candidate.cls.unpads):
             candidate.module.__class__ = candidate.cls
     return model
 

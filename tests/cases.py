@@ -58,12 +58,12 @@ def bounds(*values: int) -> Callable[[], Tensor]:
 CASES = {
     "layer_norm": _case("layer_norm", _LAYER_NORM, normalized_shape=20),
     "layer_norm of two dimensions": _case(
-        "layer_norm", {"input": (6, 5, 4), "weight": (5, 4), "bias": (5, 4)}, normalized_shape=(5, 4)
+        "layer_norm", {"input": (6, 5, 4), "weight": (5, 4), "bias": (5, 4)}, normalized_shape=(5, 4), eps=0.3
     ),
     "layer_norm without weight": _case("layer_norm", {"input": (6, 5, 20)}, normalized_shape=20),
     "add_layer_norm": _case("add_layer_norm", _LAYER_NORM | {"residual": (6, 5, 20)}, normalized_shape=20),
     "add_layer_norm, dropout": _case(
-        "add_layer_norm", _LAYER_NORM | {"residual": (6, 5, 20)}, normalized_shape=20, dropout_p=0.3
+        "add_layer_norm", _LAYER_NORM | {"residual": (6, 5, 20)}, normalized_shape=20, eps=0.3, dropout_p=0.3
     ),
     "linear": _case("linear", _LINEAR),
     "linear, no bias": _case("linear", {"input": (6, 5, 20), "weight": (36, 20)}),

@@ -58,6 +58,7 @@ class Fused:
     `inner`: the modules inside that it does not call, by their path, and the classes that each may have."""
 
     stock: ClassVar[type[nn.Module]]
+    unpads: ClassVar[bool] = False  # is its gain that padding is left out?
     inner: ClassVar[dict[str, Collection[type[nn.Module]]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any):

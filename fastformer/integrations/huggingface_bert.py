@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.bert import modeling_bert as stock
+from transformers.utils import output_capturing
 
 from fastformer.integrations import layers
 from fastformer.integrations.fused import CHILDREN, SWAPS, UNSUPPORTED, Fused, Path, fuse
@@ -40,7 +42,9 @@ class BertModel(Fused):
         mask = attention_mask.to(device=kwargs["embedding_output"].device, dtype=torch.bool)
         if not torch.compiler.is_compiling() and mask.all():
             return None, None
-        return mask[:, None, None, :], None
+        mask = mask[:, None, None, :]
+        mask.is_padding = True  # not so a user's own mask of this shape: the results at its places may matter
+        return mask, None
 
 
 class BertSelfAttention(layers.BertSelfAttention):
@@ -68,6 +72,44 @@ class BertSelfAttention(layers.BertSelfAttention):
 class _Output(layers.BertOutput):
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         return super().forward(hidden_states, input_tensor)
+
+
+class BertEncoder(layers.BertEncoder):
+    @staticmethod
+    def is_watched(module: nn.Module) -> bool:
+        """Hooks that capture outputs stay on the modules, and sleep until somebody asks for hidden states again."""
+        hooks = [*module._forward_hooks.values()]
+        others = module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        return bool(
+            others
+            or any(hook.__module__ != output_capturing.__name__ for hook in hooks)
+            or (hooks and output_capturing._active_collector.get())
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ):
+        others = encoder_hidden_states, encoder_attention_mask, past_key_values, kwargs.get(WANTS_WEIGHTS)
+        padding = all(other is None for other in others) and takes(kwargs) and hasattr(attention_mask, "is_padding")
+        if padding and self.can_leave_padding(hidden_states, attention_mask):
+            output = self.without_padding(hidden_states, attention_mask)
+            return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=output)
+        return super().forward(
+            hidden_states,
+            attention_mask,
+            encoder_hidden_states,
+            encoder_attention_mask,
+            past_key_values,
+            use_cache,
+            **kwargs,
+        )
 
 
 BertOutput = fuse(stock.BertOutput, _Output)
@@ -107,6 +149,7 @@ class BertLayer(layers.BertLayer):
 SWAPS.update(
     {
         stock.BertModel: fuse(stock.BertModel, BertModel),
+        stock.BertEncoder: fuse(stock.BertEncoder, BertEncoder),
         stock.BertSelfAttention: fuse(stock.BertSelfAttention, BertSelfAttention),
         stock.BertSelfOutput: fuse(stock.BertSelfOutput, _Output),
         stock.BertOutput: BertOutput,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastformer import ops
+from fastformer import backends, ops
 from fastformer.integrations.fused import (
     ACTIVATIONS,
     DROPOUTS,
@@ -23,7 +23,7 @@ from fastformer.integrations.fused import (
     fuse,
     weight_of,
 )
-from fastformer.packing import Packed
+from fastformer.packing import Packed, is_hooked
 
 _raw = torch.ops.fastformer_cpu
 
@@ -222,6 +222,54 @@ class BertLayer(Fused):
         activation = activation_of(self.intermediate.intermediate_act_fn)
         output = ops.feed_forward(x, dense1.weight, dense1.bias, dense2.weight, dense2.bias, activation=activation)
         return post_norm(output, x, self.output.dropout, self.output.LayerNorm)
+
+
+class BertEncoder(Fused):
+    """The layers of an encoder, in inference without the padding of the batch: its real tokens are laid end to end on
+    the way in and take their places on the way out, where padding is 0."""
+
+    unpads = True
+    is_watched = staticmethod(is_hooked)
+
+    def can_leave_padding(self, hidden_states: Tensor, mask: Tensor | None) -> bool:
+        """Is this an inference with a padding mask, and does nobody look at what happens inside?"""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled() or self.training:
+            return False
+        batch, length, _ = hidden_states.shape
+        if mask is None or mask.dtype != torch.bool or mask.shape != (batch, 1, 1, length) or batch == 0:
+            return False
+        if backends._requested()[0] == "torch" or not hidden_states.is_cpu:
+            return False
+        for layer in self.layer:
+            if not isinstance(layer, BertLayer) or not isinstance(layer.attention.self, BertSelfAttention):
+                return False
+            if any(map(self.is_watched, (layer, layer.attention, layer.attention.self))):
+                return False
+        return True
+
+    def without_padding(self, hidden_states: Tensor, mask: Tensor) -> Tensor:
+        """The last hidden states (B, S, E) of a batch with a mask (B, 1, 1, S)."""
+        kept = mask[:, 0, 0]
+        lengths = kept.sum(1)
+        cu_seq = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        longest = int(lengths.max())
+        places = kept.flatten().nonzero()[:, 0]
+        x = hidden_states.flatten(0, 1)[places][None]  # (1, tokens, E)
+        for layer in self.layer:
+            attention = layer.attention.self
+            path, packed = attention.choose(x)
+            qkv = attention.project(x, path, packed)
+            query, key, value = (t[0].transpose(0, 1) for t in qkv)  # (tokens, H, D)
+            scale = query.shape[-1] ** -0.5
+            if path is Path.PACKED:
+                arguments = cu_seq, cu_seq, longest, longest, 0.0, None, scale, -1, -1
+                context = _raw.varlen_attn(query, key, value, *arguments)[0]
+            else:
+                context = ops.varlen_attn(query, key, value, cu_seq, cu_seq, longest, longest, scale=scale)
+            x = layer.feed_forward(layer.attention.output(context.flatten(1)[None], x))
+        output = torch.zeros_like(hidden_states)
+        output.flatten(0, 1)[places] = x[0]
+        return output
 
 
 class BertPredictionHeadTransform(Fused):

@@ -36,6 +36,13 @@ class BertLayer(layers.BertLayer):
         return self.feed_forward(self.attention(hidden_states, attention_mask))
 
 
+class BertEncoder(layers.BertEncoder):
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        if self.can_leave_padding(hidden_states, attention_mask):
+            return self.without_padding(hidden_states, attention_mask)
+        return super().forward(hidden_states, attention_mask)
+
+
 class GptAttention(layers.GptAttention):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, past: gpt.KeyValue | None = None
@@ -71,6 +78,7 @@ class GptBlock(layers.GptBlock):
 
 SWAPS.update(
     {
+        bert.BertEncoder: fuse(bert.BertEncoder, BertEncoder),
         bert.BertSelfAttention: fuse(bert.BertSelfAttention, BertSelfAttention),
         bert.BertOutput: BertOutput,
         bert.BertLayer: fuse(bert.BertLayer, BertLayer),

@@ -18,7 +18,7 @@ from fastformer.ops.common import (
     register,
     seed_for,
 )
-from fastformer.ops.linear import check_matrix, in_features, products_are_faster_in_torch
+from fastformer.ops.linear import check_matrix, in_features, torch_is_faster
 
 _SCHEMA = (
     "(Tensor input, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, str? activation,"
@@ -70,9 +70,9 @@ def feed_forward(
     check_activation(activation)
     check_probability(hidden_dropout_p=hidden_dropout_p, dropout_p=dropout_p)
     residual = broadcast_residual(residual, input.shape[:-1] + weight2.shape[:1])
-    torch_is_faster = hidden_dropout_p == dropout_p == 0 and products_are_faster_in_torch(input)
+    faster = torch_is_faster(input, hidden_dropout_p, dropout_p)
     operands = input, weight1, bias1, weight2, bias2, residual
-    backend = backends.choose("feed_forward", *operands, torch_is_faster=torch_is_faster)
+    backend = backends.choose("feed_forward", *operands, torch_is_faster=faster)
     if backend == "torch":
         return reference.feed_forward(
             input, weight1, bias1, weight2, bias2, activation=activation, hidden_dropout_p=hidden_dropout_p,

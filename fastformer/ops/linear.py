@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastformer import backends, library, reference
+from fastformer import backends, reference
 from fastformer.ops.common import (
     autocast,
     broadcast_residual,
@@ -62,8 +62,8 @@ def linear(
     check_activation(activation)
     check_probability(dropout_p=dropout_p)
     residual = broadcast_residual(residual, input.shape[:-1] + weight.shape[:1])
-    torch_is_faster = dropout_p == 0 and products_are_faster_in_torch(input)
-    backend = backends.choose("linear", input, weight, bias, residual, torch_is_faster=torch_is_faster)
+    operands = input, weight, bias, residual
+    backend = backends.choose("linear", *operands, torch_is_faster=torch_is_faster(input, dropout_p))
     if backend == "torch":
         return reference.linear(input, weight, bias, activation=activation, dropout_p=dropout_p, residual=residual)
     seed = seed_for(dropout_p, input)
@@ -83,12 +83,10 @@ def in_features(input: Tensor) -> int:
     return input.shape[-1]
 
 
-def products_are_faster_in_torch(input: Tensor) -> bool:
-    """Few rows, for which packing the weight at each call does not pay, and bfloat16 where the machine has it."""
-    if input.device.type != "cpu":
-        return False
-    rows = input.shape[:-1].numel()
-    return rows < 128 or (input.dtype == torch.bfloat16 and library.multiplies_bfloat16())
+def torch_is_faster(input: Tensor, *dropout_ps: float) -> bool:
+    """On CPUs, by weights that are not packed beforehand, PyTorch multiplies as fast and packs nothing; with dropout it
+    takes longer to draw the masks."""
+    return input.is_cpu and not any(dropout_ps)
 
 
 def check_matrix(name: str, weight: Tensor, in_features: int, why: str) -> None:

@@ -117,6 +117,46 @@ static void score_block(const Sequence& s, int64_t q0, const RowTiles& tiles, in
   }
 }
 
+// Of each of kLanes<S> vectors the sum of its lanes.
+template <class S> FF_INLINE Vec<S> lane_sums(Vec<S>* x) {
+  using Int = typename IntType<S>::type;
+  constexpr int kN = kLanes<S>;
+  const IntVec<S> lane = lane_numbers<S>();
+#pragma GCC unroll 4
+  for (int step = 1; step < kN; step *= 2) {
+    const IntVec<S> second = (lane & Int(step)) != 0;
+    const IntVec<S> even = second ? lane + Int(kN - step) : lane, odd = second ? lane + Int(kN) : lane + Int(step);
+#pragma GCC unroll 8
+    for (int i = 0; i < kN / 2 / step; ++i)
+      x[i] = __builtin_shuffle(x[2 * i], x[2 * i + 1], even) + __builtin_shuffle(x[2 * i], x[2 * i + 1], odd);
+  }
+  return x[0];
+}
+
+// One query per sequence doesn't pay for packing the keys. Forward and backward must agree: their sums round alike.
+FF_INLINE bool reads_keys_in_place(const AttentionArgs& a) { return a.queries == 1 && a.heads == a.kv_heads; }
+
+// The scores of one query: as score_block, from keys where they lie, times factor.
+template <class T>
+static void score_query(int64_t base, KeyRange keys, const compute_t<T>* query, int64_t depth, const T* key,
+                        int64_t key_stride, compute_t<T> factor, compute_t<T>* scores) {
+  using S = compute_t<T>;
+  constexpr int kN = kLanes<S>;
+  for (int64_t c = base + round_down<S>(keys.begin - base); c < keys.end; c += kN) {
+    const T* row[kN];
+    for (int j = 0; j < kN; ++j) row[j] = key + min(max(c + j, keys.begin), keys.end - 1) * key_stride;
+    Vec<S> x[kN];
+#pragma GCC unroll 16
+    for (int j = 0; j < kN; ++j) x[j] = zero<S>();
+    for_columns<S>(depth, [&](int64_t k, int lanes) {
+      const Vec<S> q = load_lanes(query + k, lanes);
+#pragma GCC unroll 16
+      for (int j = 0; j < kN; ++j) x[j] += q * load_lanes(row[j] + k, lanes);
+    });
+    store(scores + c - base, lane_sums<S>(x) * factor);
+  }
+}
+
 // c (rows, columns) += a b for the keys of `keys` that the queries see: a (rows, kScoreStride), column 0 = key `base`;
 // b (keys, columns) from key `packed_from` on.
 template <class S>

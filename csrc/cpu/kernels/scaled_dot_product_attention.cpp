@@ -115,16 +115,10 @@ static void forward_block(const AttentionArgs& a, const Sequence& s, int64_t hea
     const KeyRange block = intersection(keys, {base, base + kKeyBlock});
     if (a.mask.data && !w.mask.keeps_any(block.begin, block.end)) continue;
     const bool masked = a.mask.data && !w.mask.keeps_all(block.begin, block.end);
-    if (key) {
-      constexpr int64_t kW = kPanelKeys<S>;
-      for (int64_t panel = block.begin / kW * kW; panel < block.end; panel += kW) {
-        const KeyRange now = intersection(block, {panel, panel + kW});
-        pack_columns<T>(key + panel * a.key.row, a.key.row, now.end - panel, a.head_dim, S(a.scale), w.keys);
-        score_block<S>(s, q0, tiles, base, now, query, a.head_dim, w.keys, panel, w.scores);
-      }
-    } else {
+    if (key)
+      score_query<T>(base, block, query.data, a.head_dim, key, a.key.row, S(a.scale), w.scores);
+    else
       score_block<S>(s, q0, tiles, base, block, query, a.head_dim, w.keys, packed_from, w.scores);
-    }
     for (int64_t t = 0; t < tiles.count; ++t)
       softmax_tile<T>(a, s, head, q0, tiles.begin[t], tiles.begin[t + 1], base, block, masked, w);
     add_rows<S>(s, q0, tiles, base, block, w.scores, values, packed_from, columns, w.output);
@@ -153,12 +147,12 @@ static void forward_pair(const AttentionArgs& a, const Sequence& s, int64_t kv_h
   keys.begin = keys.begin / kPanelKeys<S> * kPanelKeys<S>;
   const int64_t count = max<int64_t>(0, keys.end - keys.begin);
   const T* key = row_of<T>(a.key, s, kv_head, s.first_key);
-  const bool few = s.queries < 8 && blocks.end - blocks.begin == 1;
-  if (!few) pack_columns<T>(key + keys.begin * a.key.row, a.key.row, count, a.head_dim, S(a.scale), w.keys);
+  const bool in_place = reads_keys_in_place(a);
+  if (!in_place) pack_columns<T>(key + keys.begin * a.key.row, a.key.row, count, a.head_dim, S(a.scale), w.keys);
   const PackedRows<S> values = pack_rows<T>(row_of<T>(a.value, s, kv_head, s.first_key + keys.begin), a.value.row,
-                                            count, a.value_dim, few, w.values);
+                                            count, a.value_dim, s.queries < 8, w.values);
   for (int64_t b = blocks.begin; b < blocks.end; ++b) {
-    forward_block<T>(a, s, head + blocks.head(b), blocks.first_query(b), blocks.rows(b), few ? key : nullptr,
+    forward_block<T>(a, s, head + blocks.head(b), blocks.first_query(b), blocks.rows(b), in_place ? key : nullptr,
                      keys.begin, values, w);
   }
 }

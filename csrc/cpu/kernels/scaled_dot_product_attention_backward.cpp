@@ -130,7 +130,11 @@ static void backward_block(const AttentionBackwardArgs& b, AttentionGradients wa
     w.lse[i] = lse == -kInf<S> ? kInf<S> : lse;  // a row that sees nothing: all its probabilities are 0
   }
 
-  score_block<S>(s, q0, tiles, base, keys, query, a.head_dim, w.key_columns, base, w.probabilities);
+  if (reads_keys_in_place(a))
+    score_query<T>(base, keys, query.data, a.head_dim, row_of<T>(a.key, s, head, s.first_key), a.key.row, S(a.scale),
+                   w.probabilities);
+  else
+    score_block<S>(s, q0, tiles, base, keys, query, a.head_dim, w.key_columns, base, w.probabilities);
   score_block<S>(s, q0, tiles, base, keys, grad_output, a.value_dim, w.value_columns, base, w.grad_scores);
   differentiate<T>(a, s, head, q0, rows, base, keys, masked, w);
   if (wanted != AttentionGradients::queries) {
