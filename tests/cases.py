@@ -85,6 +85,6 @@ CASES = {
     ),
     "varlen_attn, causal, dropout": _case(
         "varlen_attn", _PACKED, cu_seq_q=bounds(0, 5, 14), cu_seq_k=bounds(0, 5, 16), max_q=9, max_k=11,
-        enable_gqa=True, window_size=(-1, 0), dropout_p=0.3,
+        enable_gqa=True, window_size=(-1, 0), dropout_p=0.3, scale=0.7,
     ),
 }  # fmt: skip

@@ -87,6 +87,12 @@ def test_threshold(p, threshold):
     assert reference.dropout_threshold(p) == threshold
 
 
+def test_bits_at_the_threshold_are_kept():
+    word = philox((7, 0), (0, 0, 0, 0))[0]
+    for p, kept in ((word / 2**32, True), ((word + 1) / 2**32, False)):
+        assert reference.row_dropout_mask(torch.tensor(7), p, 1, 1).item() is kept
+
+
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_masks_are_random(p):
     """Within five standard deviations: how many are kept, in a row, in a column, and in step with a neighbour."""

@@ -209,6 +209,14 @@ class TestDropout:
         expected = torch.full((), 1 / (1 - p) if p < 1 else 0.0)  # ones, scaled
         assert torch.equal(output, torch.where(kept, expected, 0.0))
 
+    def test_bits_at_the_threshold_are_kept(self, isa):
+        torch.manual_seed(5)
+        word = int(reference.philox4x32(reference.draw_seed(torch.device("cpu")), 0, 0, 0, 0)[0])
+        for p, kept in ((word / 2**32, True), ((word + 1) / 2**32, False)):
+            torch.manual_seed(5)
+            output = ops.linear(torch.ones(1, 1), torch.ones(1, 1), dropout_p=p)
+            assert (output.item() != 0) is kept
+
     def test_seeds(self):
         call = partial(ops.linear, torch.ones(64, 1), torch.ones(64, 1), dropout_p=0.5)
         torch.manual_seed(5)

@@ -15,10 +15,12 @@ constexpr int64_t kRows = 192;
 constexpr int64_t kColumns = 1024;
 template <class S> constexpr int64_t kPanel = kTileColumns<S>;
 
-// Rows are copied where they are not adjacent values of the compute type, or so far apart that they would share cache sets.
+// Rows are copied where they are not adjacent values of the compute type, where they are so far apart that they would share
+// cache sets, and where there are enough of them to pay for it.
 static bool copies_rows(const GemmArgs& a) {
   const bool compute = a.a_is_compute_type || a.dtype == DType::f32 || a.dtype == DType::f64;
-  return !compute || (a.a_depth_stride != 1 && a.depth != 1) || (a.a_row_stride % 1024 == 0 && a.rows > kTileRows);
+  const bool conflicts = a.a_row_stride % 1024 == 0 && a.rows > kTileRows;
+  return !compute || (a.a_depth_stride != 1 && a.depth != 1) || conflicts || a.rows > kRows;
 }
 static int64_t copied_stride(const GemmArgs& a) { return a.depth + 16; }
 

@@ -62,11 +62,13 @@ static void differentiate(const AttentionArgs& a, const Sequence& s, int64_t hea
     if (row.from == row.to) continue;
     cut_edges(p, row.begin, row.end);
     if (masked) w.mask.apply(s, head, q0 + i, base, row, p);
-    const S lse = w.lse[i], delta = w.delta[i];
+    const S lse = w.lse[i];
+    const Vec<S> delta = splat<S>(w.delta[i]);
     const auto gradients = [&](auto drop) {
       for (int64_t c = row.from; c < row.to; c += kLanes<S>) {
         const Vec<S> score = load(p + c), x = exp_score(score - lse);
-        const Vec<S> grad = x * (drop(load(ds + c), base + c) - delta);
+        const Vec<S> dp = drop(load(ds + c), base + c);
+        const Vec<S> grad = x * (dp - (x == S(1) ? dp : delta));  // one key alone: 0 without rounding errors
         store(ds + c, score == -kInf<S> ? zero<S>() : grad);  // the other factor may be anything where nothing is seen
         store(p + c, drop(x, base + c));
       }
