@@ -139,7 +139,7 @@ def _requested() -> tuple[str | None, bool]:
 
 
 # Where nothing is asked for: by the device of the tensors, best first.
-_DEFAULT = {"cpu": ("cpu",), "cuda": ()}
+_DEFAULT = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 
 
 def choose(op: str, *tensors: Tensor | None, mask: Tensor | None = None, torch_is_faster: bool = False) -> str:

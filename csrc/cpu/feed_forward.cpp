@@ -85,9 +85,11 @@ std::tuple<Tensor, Tensor> feed_forward(Tensor input, Tensor weight1, std::optio
 Tensor packed_feed_forward(Tensor input, Tensor packed1, int64_t hidden_features, std::optional<Tensor> bias1,
                            Tensor packed2, int64_t out_features, std::optional<Tensor> bias2,
                            std::optional<std::string> activation, std::optional<Tensor> residual) {
-  return std::get<0>(forward(input, packed_weight(packed1, hidden_features, input), bias1,
-                             packed_weight(packed2, out_features, input), bias2, activation_of(activation), {}, {},
-                             residual, false));
+  const DType dtype = dtype_of(input);
+  const PackedWeight weight1 = packed_weight(packed1, hidden_features, input.size(input.dim() - 1), dtype),
+                     weight2 = packed_weight(packed2, out_features, hidden_features, dtype);
+  return std::get<0>(
+      forward(input, weight1, bias1, weight2, bias2, activation_of(activation), {}, {}, residual, false));
 }
 
 // The hidden activation again, from what the forward kept of it.

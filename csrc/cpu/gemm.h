@@ -37,11 +37,11 @@ inline PackedWeight pack(const Tensor& weight) {
 inline PackedWeight pack_transposed(const Tensor& weight) {
   return pack(weight, weight.size(1), weight.size(0), weight.stride(1), weight.stride(0));
 }
-// A tensor that Python packed before, checked against the instruction set in use.
-inline PackedWeight packed_weight(const Tensor& panels, int64_t columns, const Tensor& input) {
-  const int64_t width = panel_columns(dtype_of(input));
-  STD_TORCH_CHECK(panels.dim() == 3 && panels.size(2) == width && panels.size(0) == (columns + width - 1) / width &&
-                      panels.scalar_type() == compute_type(dtype_of(input)),
+// A tensor that Python packed before, checked against the product and the instruction set in use.
+inline PackedWeight packed_weight(const Tensor& panels, int64_t columns, int64_t depth, DType dtype) {
+  const int64_t width = panel_columns(dtype);
+  STD_TORCH_CHECK(panels.dim() == 3 && panels.size(0) == (columns + width - 1) / width && panels.size(1) == depth &&
+                      panels.size(2) == width && panels.scalar_type() == compute_type(dtype),
                   "packed weight: it was packed for another dtype, shape or instruction set; pack it again");
   return {panels, columns};
 }

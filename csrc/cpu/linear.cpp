@@ -41,8 +41,8 @@ std::tuple<Tensor, Tensor> linear(Tensor input, Tensor weight, std::optional<Ten
 
 Tensor packed_linear(Tensor input, Tensor packed, int64_t out_features, std::optional<Tensor> bias,
                      std::optional<std::string> activation, std::optional<Tensor> residual) {
-  return std::get<0>(forward(input, packed_weight(packed, out_features, input), bias, activation_of(activation), {},
-                             residual, false));
+  const PackedWeight weight = packed_weight(packed, out_features, input.size(input.dim() - 1), dtype_of(input));
+  return std::get<0>(forward(input, weight, bias, activation_of(activation), {}, residual, false));
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor grad_output, Tensor input, Tensor weight,

@@ -122,6 +122,8 @@ AttentionArgs padded_args(const Tensor& query, const Tensor& key, const Tensor& 
 AttentionArgs packed_args(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cu_seq_q,
                           const Tensor& cu_seq_k, int64_t max_q, int64_t max_k, const Options& o, const Tensor& result,
                           const Tensor& lse) {
+  STD_TORCH_CHECK(cu_seq_q.size(0) == cu_seq_k.size(0), "cu_seq_q and cu_seq_k must hold as many sequences, got ",
+                  cu_seq_q.size(0) - 1, " and ", cu_seq_k.size(0) - 1);
   return {
       .dtype = dtype_of(query), .sequences = cu_seq_q.size(0) - 1, .heads = query.size(1), .kv_heads = key.size(1),
       .head_dim = query.size(2), .value_dim = value.size(2), .queries = max_q, .keys = max_k,

@@ -10,11 +10,11 @@ constexpr int kTileRows = 6;
 constexpr int kTileVecs = kVecBytes == 64 ? 4 : 2;
 template <class S> constexpr int kTileColumns = kTileVecs * kLanes<S>;
 
-// c = a b, or c += a b, for a tile of ROWS x (VECS vectors): a (ROWS, depth), or (depth, ROWS) if TRANSPOSED, with rows
-// `lda` apart, b (depth, columns) with rows `ldb` apart, c with rows `ldc` apart. The product is summed before it is added
-// to c: a long sum is made of short ones, which keeps its rounding error small. Every step of the depth brings one cache
-// line of `next`, `next_step` bytes on, into L2: spread like this the prefetches cost nothing, in a burst they stall the
-// loads.
+// c = a b, or c += a b, for a tile of ROWS x (VECS vectors): a (ROWS, depth), or (depth, ROWS) if TRANSPOSED, with
+// rows `lda` apart, b (depth, columns) with rows `ldb` apart, c with rows `ldc` apart. The product is summed before it
+// is added to c: a long sum is made of short ones, which keeps its rounding error small. Every step of the depth brings
+// one cache line of `next`, `next_step` bytes on, into L2: spread like this the prefetches cost nothing, in a burst
+// they stall the loads.
 template <class S, int ROWS, int VECS, bool ACCUMULATE, bool PREFETCH = false, bool TRANSPOSED = false>
 FF_INLINE void tile_product(int64_t depth, const S* a, int64_t lda, const S* b, int64_t ldb, S* c, int64_t ldc,
                             const char* next = nullptr, int64_t next_step = 0) {

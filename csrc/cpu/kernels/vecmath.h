@@ -60,6 +60,13 @@ template <class S> FF_INLINE Vec<S> gelu_tanh_argument(Vec<S> x) {
 }
 template <class S> FF_INLINE Vec<S> sigmoid(Vec<S> x) { return S(1) / (S(1) + exp(-x)); }
 
+// s = sigmoid(x) and its slope s (1 - s), neither with a cancellation.
+template <class S> FF_INLINE void sigmoid_and_slope(Vec<S> x, Vec<S>& s, Vec<S>& slope) {
+  const Vec<S> e = exp(x < 0 ? x : -x), p = S(1) / (S(1) + e);
+  s = x < 0 ? e * p : p;
+  slope = e * p * p;
+}
+
 template <class S> FF_INLINE Vec<S> activate(Activation activation, Vec<S> x) {
   switch (activation) {
     case Activation::gelu: return x * normal_cdf(x);
@@ -76,14 +83,15 @@ template <class S> FF_INLINE Vec<S> activation_gradient(Activation activation, V
   switch (activation) {
     case Activation::gelu: return normal_cdf(x) + x * exp(x * x * S(-0.5)) * S(0.39894228040143267794);
     case Activation::gelu_tanh: {
-      const Vec<S> s = sigmoid<S>(gelu_tanh_argument<S>(x));
-      const Vec<S> slope = S(1.5957691216057308) + x * x * S(3 * 1.5957691216057308 * 0.044715);
-      return s + x * s * (S(1) - s) * slope;
+      Vec<S> s, slope;
+      sigmoid_and_slope<S>(gelu_tanh_argument<S>(x), s, slope);
+      return s + x * slope * (S(1.5957691216057308) + x * x * S(3 * 1.5957691216057308 * 0.044715));
     }
     case Activation::relu: return x > 0 ? splat<S>(1) : (x != x ? x : Vec<S>{});
     case Activation::silu: {
-      const Vec<S> s = sigmoid<S>(x);
-      return s + x * s * (S(1) - s);
+      Vec<S> s, slope;
+      sigmoid_and_slope<S>(x, s, slope);
+      return s + x * slope;
     }
     case Activation::none: break;
   }
