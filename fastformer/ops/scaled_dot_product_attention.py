@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
-from fastformer import backends, reference
+from fastformer import backends, library, reference
 from fastformer.ops.common import (
     autocast,
     check_floating,
@@ -85,7 +85,12 @@ def scaled_dot_product_attention(
         attn_mask = None
     _check_mask(attn_mask, query, key)
     float_mask = attn_mask if attn_mask is not None and attn_mask.dtype != torch.bool else None
-    backend = backends.choose("scaled_dot_product_attention", query, key, value, mask=float_mask)
+    # torch multiplies bfloat16 where the machine has instructions for it; the kernels compute in float32.
+    faster = query.dtype == torch.bfloat16 and dropout_p == 0 and library.multiplies_bfloat16()
+    operands = query, key, value
+    backend = backends.choose(
+        "scaled_dot_product_attention", *operands, mask=float_mask, torch_is_faster=faster and query.is_cpu
+    )
     if backend == "torch":
         return _torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window_size)
     q, k, v = (_four_dims(x) for x in (query, key, value))

@@ -1,5 +1,5 @@
-// What the forward and the backward of attention share: which keys a query sees, masks, exponentials of scores. Their
-// products are in attention_products.h.
+// What the forward and the backward of attention share: which keys a query sees, and masks. Their products are in
+// attention_products.h.
 #pragma once
 
 #include "lanes.h"
@@ -205,24 +205,6 @@ template <class S> FF_INLINE void cut_edges(S* scores, int64_t begin, int64_t en
   if (const int64_t v = round_down<S>(end); v != end)
     store(scores + v, lane < typename IntType<S>::type(end - v) ? load(scores + v) : splat<S>(-kInf<S>));
 }
-
-// ---- exponentials of scores ----
-
-// e^x for x <= 0 within 1.2 units in the last place, 0 below 2^-126: subnormal probabilities are slow and add nothing.
-FF_INLINE Vec<float> exp_score(Vec<float> x) {
-  constexpr float kRound = 0x1.8p23f;  // adding it rounds to an integer, in the low bits
-  const Vec<float> z = x * 0x1.715476p0f + kRound, n = z - kRound;
-  const Vec<float> r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
-  Vec<float> p = r * 0x1.6a23fep-10f + 0x1.123a10p-7f;
-  p = p * r + 0x1.5558f2p-5f;
-  p = p * r + 0x1.555492p-3f;
-  p = p * r + 0x1.fffffcp-2f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  const Vec<float> y = bit_cast<Vec<float>>(bit_cast<Vec<int32_t>>(p) + (bit_cast<Vec<int32_t>>(z) << 23));
-  return x < -87.0f ? Vec<float>{} : y;
-}
-FF_INLINE Vec<double> exp_score(Vec<double> x) { return exp(x); }
 
 FF_INLINE float log_of(float x) { return logf(x); }
 FF_INLINE double log_of(double x) { return log(x); }

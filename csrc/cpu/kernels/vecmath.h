@@ -14,25 +14,28 @@ template <class F> FF_INLINE Vec<double> each_lane(Vec<double> x, F f) {
   return x;
 }
 
-// e^x within 2 units in the last place; e^-inf = 0, overflow to inf, NaN stays.
-FF_INLINE Vec<float> exp(Vec<float> x) {
-  x = x < -104.0f ? Vec<float>{} - 104.0f : x;
-  x = x > 89.0f ? Vec<float>{} + 89.0f : x;
-  constexpr float kRound = 0x1.8p23f;  // adding and subtracting it rounds to an integer
-  const Vec<float> n = (x * 0x1.715476p0f + kRound) - kRound;
+// e^x for x <= 88.7 within 1.2 units in the last place, 0 below e^-87: subnormal numbers are slow and add nothing.
+FF_INLINE Vec<float> exp_score(Vec<float> x) {
+  constexpr float kRound = 0x1.8p23f;  // adding it rounds to an integer, in the low bits
+  const Vec<float> z = x * 0x1.715476p0f + kRound, n = z - kRound;
   const Vec<float> r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;  // x - n ln 2, |r| <= ln(2) / 2
-  Vec<float> q = r * 0x1.6a23fep-10f + 0x1.123a10p-7f;
-  q = q * r + 0x1.5558f2p-5f;
-  q = q * r + 0x1.555492p-3f;
-  q = q * r + 0x1.fffffcp-2f;
-  const Vec<float> p = (q * r) * r + r + 1.0f;
-  // Times 2^n in two steps, so that neither factor overflows and subnormal results are right.
-  const Vec<int32_t> i = __builtin_convertvector(n, Vec<int32_t>), half = i >> 1;
-  return p * bit_cast<Vec<float>>((half + 127) << 23) * bit_cast<Vec<float>>((i - half + 127) << 23);
+  Vec<float> p = r * 0x1.6a23fep-10f + 0x1.123a10p-7f;
+  p = p * r + 0x1.5558f2p-5f;
+  p = p * r + 0x1.555492p-3f;
+  p = p * r + 0x1.fffffcp-2f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const Vec<float> y = bit_cast<Vec<float>>(bit_cast<Vec<int32_t>>(p) + (bit_cast<Vec<int32_t>>(z) << 23));
+  return x < -87.0f ? Vec<float>{} : y;
+}
+// The same for any x: overflow gives inf, NaN stays.
+FF_INLINE Vec<float> exp(Vec<float> x) {
+  return x > 0x1.62e42ep6f ? Vec<float>{} + __builtin_inff() : exp_score(x);
 }
 FF_INLINE Vec<double> exp(Vec<double> x) {
   return each_lane(x, [](double v) { return ::exp(v); });
 }
+FF_INLINE Vec<double> exp_score(Vec<double> x) { return exp(x); }
 
 // The normal distribution function Phi(x) = erfc(-x / sqrt 2) / 2, within 5e-8 absolute in float.
 // erfc(t) = exp(t g(t)) for t >= 0, with a polynomial g: the negative side has no cancellation.
