@@ -8,6 +8,8 @@ these.
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
 import os
 import threading
 import warnings
@@ -24,6 +26,9 @@ BACKENDS = ("cpu", "triton", "cuda", "torch")
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
+# Triton's interpreter runs the kernels on CPU tensors, for tests; it changes what @triton.jit makes of them.
+TRITON_DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+
 
 @dataclass(frozen=True)
 class Implementation:
@@ -35,6 +40,7 @@ class Implementation:
     dtypes: tuple[torch.dtype, ...]
     notes: str = ""  # for people: masks, head sizes, limits
     mask_gradient: bool = False  # does it give the gradient of a float attn_mask?
+    capability: tuple[int, int] = (0, 0)  # the least of an NVIDIA GPU
 
     def reasons(self, tensors: tuple[Tensor | None, ...], mask: Tensor | None) -> list[str]:
         """Why it can't take this call; empty if it can."""
@@ -49,6 +55,9 @@ class Implementation:
                 reasons.append(f"takes {self.device} tensors, got one on {tensor.device}")
             if tensor.dtype not in self.dtypes:
                 reasons.append(f"takes {', '.join(_short(d) for d in self.dtypes)}, got {_short(tensor.dtype)}")
+            if tensor.is_cuda and capability_of(tensor.device) < self.capability:
+                needs, has = (".".join(map(str, c)) for c in (self.capability, capability_of(tensor.device)))
+                reasons.append(f"needs compute capability {needs}, {tensor.device} has {has}")
             if type(tensor) not in _PLAIN and not _is_traced(tensor):
                 reasons.append(f"takes plain tensors, got {type(tensor).__name__}")
         if mask is not None and mask.requires_grad and torch.is_grad_enabled() and not self.mask_gradient:
@@ -67,6 +76,13 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """Of an NVIDIA GPU; without a limit where there is none to ask: AMD, or tensors that are only traced."""
+    if torch.version.hip or not torch.cuda.is_available():
+        return (99, 0)
+    return torch.cuda.get_device_capability(device)
+
+
 _CPU_NOTES = {
     "scaled_dot_product_attention": "any head size, bool and float masks, causal, window, grouped-query, dropout",
     "varlen_attn": "any head size, window, grouped-query, dropout",
@@ -76,8 +92,18 @@ _CPU_NOTES = {
     "feed_forward": "gelu, gelu_tanh, relu, silu, dropout, residual",
 }
 
+_TRITON_NOTES = {
+    "scaled_dot_product_attention": "head sizes to 256, bool and float masks, causal, window, grouped-query, dropout",
+    "varlen_attn": "head sizes to 256, window, grouped-query, dropout",
+    "layer_norm": "widths to 65,536",
+    "add_layer_norm": "widths to 65,536, 16-bit input with a float32 residual, dropout",
+    "linear": "gelu, gelu_tanh, relu, silu, dropout, residual",
+    "feed_forward": "gelu, gelu_tanh, relu, silu, dropout, residual",
+}
+
 _IMPLEMENTATIONS = [
     *(Implementation(op, "cpu", "cpu", (*_FLOATS, torch.float64), _CPU_NOTES[op]) for op in OPS),
+    *(Implementation(op, "triton", TRITON_DEVICE, _FLOATS, _TRITON_NOTES[op], capability=(8, 0)) for op in OPS),
     *(Implementation(op, "torch", "any", (*_FLOATS, torch.float64), "plain PyTorch", mask_gradient=True) for op in OPS),
 ]
 _BY_OP = {op: {i.backend: i for i in _IMPLEMENTATIONS if i.op == op} for op in OPS}
@@ -93,7 +119,14 @@ def why_unavailable(backend: str) -> str | None:
         return None
     if backend == "cpu":
         return library.why_unavailable()
+    if backend == "triton":
+        return None if _has_triton() else "triton is not installed: pip install triton"
     return f"this version has no {backend} kernels"
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 class _Request(threading.local):

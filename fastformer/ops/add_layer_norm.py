@@ -26,6 +26,10 @@ _SCHEMA = (
     "(Tensor input, Tensor residual, Tensor? weight, Tensor? bias, float eps, float dropout_p, Tensor? seed)"
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
+_BACKWARD_SCHEMA = (
+    "(Tensor grad_output, Tensor? grad_sum, Tensor sum, Tensor? weight, Tensor mean, Tensor rstd, float dropout_p,"
+    " Tensor? seed, ScalarType input_dtype) -> (Tensor, Tensor, Tensor, Tensor)"
+)
 
 
 def add_layer_norm(
@@ -102,4 +106,4 @@ def _backward(ctx, grad_output, grad_sum, grad_mean, grad_rstd):
     return grad_input, *grads, None, None, None
 
 
-register("add_layer_norm", _SCHEMA, _fake, _setup_context, _backward, _fake_backward)
+register("add_layer_norm", _SCHEMA, _BACKWARD_SCHEMA, _fake, _setup_context, _backward, _fake_backward)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from fastformer import library
+from fastformer import backends, library
 from fastformer.reference import ACTIVATIONS, draw_seed
 
 _differentiable = torch.library.Library("fastformer", "DEF")
 _cpu = torch.library.Library("fastformer_cpu", "FRAGMENT")
+_triton = torch.library.Library("fastformer_triton", "DEF")
 
-_RAW = {"cpu": torch.ops.fastformer_cpu}
+_RAW = {"cpu": torch.ops.fastformer_cpu, "triton": torch.ops.fastformer_triton}
 
 
 def raw(backend: str):
@@ -22,12 +24,18 @@ def raw(backend: str):
 
 
 def register(
-    name: str, schema: str, fake: Callable, setup_context: Callable, backward: Callable, fake_backward: Callable
+    name: str,
+    schema: str,
+    backward_schema: str,
+    fake: Callable,
+    setup_context: Callable,
+    backward: Callable,
+    fake_backward: Callable,
 ) -> None:
     """Defines ``fastformer::<name>``, the differentiable op, on top of every backend's raw ``<name>``.
 
     `schema` is that of the raw op; the differentiable op takes the backend's name as its last argument, so that the
-    backward runs where the forward did. `fake` serves both.
+    backward runs where the forward did. `fake` serves both. The raw ops of the Triton kernels are defined here as well.
     """
     arguments, returns = schema.split(" -> ")
     _differentiable.define(f"{name}{arguments[:-1]}, str backend) -> {returns}")
@@ -46,9 +54,25 @@ def register(
         return (*backward(ctx, *grads), None)
 
     torch.library.register_autograd(f"fastformer::{name}", once, setup_context=keep, lib=_differentiable)
-    if library.available():
-        torch.library.register_fake(f"fastformer_cpu::{name}", fake, lib=_cpu)
-        torch.library.register_fake(f"fastformer_cpu::{name}_backward", fake_backward, lib=_cpu)
+    for raw_name, raw_schema, raw_fake in ((name, schema, fake), (f"{name}_backward", backward_schema, fake_backward)):
+        if library.available():
+            torch.library.register_fake(f"fastformer_cpu::{raw_name}", raw_fake, lib=_cpu)
+        _triton.define(raw_name + raw_schema)
+        _triton.impl(raw_name, _launcher(name, raw_name), backends.TRITON_DEVICE.upper())
+        torch.library.register_fake(f"fastformer_triton::{raw_name}", raw_fake, lib=_triton)
+
+
+def _launcher(op: str, raw_name: str) -> Callable:
+    """`raw_name` of kernels/<op>.py, imported by the first call: Triton takes its time."""
+
+    def launch(*args):
+        function = getattr(importlib.import_module(f"fastformer.kernels.{op}"), raw_name)
+        if args[0].is_cpu:
+            return function(*args)
+        with torch.cuda.device(args[0].device):
+            return function(*args)
+
+    return launch
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

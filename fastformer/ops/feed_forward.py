@@ -25,6 +25,11 @@ _SCHEMA = (
     " float hidden_dropout_p, Tensor? hidden_seed, float dropout_p, Tensor? seed, Tensor? residual,"
     " bool save_pre_activation) -> (Tensor, Tensor)"
 )
+_BACKWARD_SCHEMA = (
+    "(Tensor grad_output, Tensor input, Tensor weight1, Tensor weight2, Tensor pre_activation, str? activation, float"
+    " hidden_dropout_p, Tensor? hidden_seed, float dropout_p, Tensor? seed, bool need_input, bool need_weight1, bool"
+    " need_bias1, bool need_weight2, bool need_bias2) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 
 
 def feed_forward(
@@ -129,4 +134,4 @@ def _backward(ctx, grad_output, grad_pre_activation):
     return (*grads, None, None, None, None, None, grad_residual, None)
 
 
-register("feed_forward", _SCHEMA, _fake, _setup_context, _backward, _fake_backward)
+register("feed_forward", _SCHEMA, _BACKWARD_SCHEMA, _fake, _setup_context, _backward, _fake_backward)

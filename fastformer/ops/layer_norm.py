@@ -12,6 +12,9 @@ from fastformer import backends, reference
 from fastformer.ops.common import check_floating, check_shape, compute_dtype, dtype_of, needs_grad, raw, register
 
 _SCHEMA = "(Tensor input, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)"
+_BACKWARD_SCHEMA = (
+    "(Tensor grad_output, Tensor input, Tensor? weight, Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor)"
+)
 
 
 def layer_norm(
@@ -93,4 +96,4 @@ def _backward(ctx, grad_output, grad_mean, grad_rstd):
     )
 
 
-register("layer_norm", _SCHEMA, _fake, _setup_context, _backward, _fake_backward)
+register("layer_norm", _SCHEMA, _BACKWARD_SCHEMA, _fake, _setup_context, _backward, _fake_backward)

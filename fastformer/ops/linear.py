@@ -23,6 +23,10 @@ _SCHEMA = (
     "(Tensor input, Tensor weight, Tensor? bias, str? activation, float dropout_p, Tensor? seed, Tensor? residual,"
     " bool save_pre_activation) -> (Tensor, Tensor)"
 )
+_BACKWARD_SCHEMA = (
+    "(Tensor grad_output, Tensor input, Tensor weight, Tensor pre_activation, str? activation, float dropout_p,"
+    " Tensor? seed, bool need_input, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)"
+)
 
 
 def linear(
@@ -125,4 +129,4 @@ def _backward(ctx, grad_output, grad_pre_activation):
     return (*(g if n else None for g, n in zip(grads, needs, strict=True)), None, None, None, grad_residual, None)
 
 
-register("linear", _SCHEMA, _fake, _setup_context, _backward, _fake_backward)
+register("linear", _SCHEMA, _BACKWARD_SCHEMA, _fake, _setup_context, _backward, _fake_backward)

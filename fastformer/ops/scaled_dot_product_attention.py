@@ -25,6 +25,11 @@ _SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float dropout_p, Tensor? seed, bool is_causal,"
     " float scale, int window_left, int window_right) -> (Tensor, Tensor)"
 )
+_BACKWARD_SCHEMA = (
+    "(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor output, Tensor lse, float"
+    " dropout_p, Tensor? seed, bool is_causal, float scale, int window_left, int window_right) -> (Tensor, Tensor,"
+    " Tensor)"
+)
 
 
 def scaled_dot_product_attention(
@@ -214,4 +219,4 @@ def _backward(ctx, grad_output, grad_lse):
     return (*grads, *(None,) * 7)
 
 
-register("scaled_dot_product_attention", _SCHEMA, _fake, _setup_context, _backward, _fake_backward)
+register("scaled_dot_product_attention", _SCHEMA, _BACKWARD_SCHEMA, _fake, _setup_context, _backward, _fake_backward)

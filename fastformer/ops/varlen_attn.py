@@ -24,6 +24,11 @@ _SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, Tensor cu_seq_q, Tensor cu_seq_k, int max_q, int max_k, float dropout_p,"
     " Tensor? seed, float scale, int window_left, int window_right) -> (Tensor, Tensor)"
 )
+_BACKWARD_SCHEMA = (
+    "(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output, Tensor lse, Tensor cu_seq_q, Tensor"
+    " cu_seq_k, int max_q, int max_k, float dropout_p, Tensor? seed, float scale, int window_left, int window_right)"
+    " -> (Tensor, Tensor, Tensor)"
+)
 
 
 def varlen_attn(
@@ -119,4 +124,4 @@ def _backward(ctx, grad_output, grad_lse):
     return (*grads, *(None,) * 10)
 
 
-register("varlen_attn", _SCHEMA, _fake, _setup_context, _backward, _fake_backward)
+register("varlen_attn", _SCHEMA, _BACKWARD_SCHEMA, _fake, _setup_context, _backward, _fake_backward)

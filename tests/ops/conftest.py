@@ -1,9 +1,12 @@
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 import fastformer
+
+BACKEND = os.environ.get("FASTFORMER_BACKEND", "cpu")  # "triton" with TRITON_INTERPRET=1
 
 
 @pytest.fixture(autouse=True)
@@ -12,7 +15,7 @@ def kernels() -> Iterator[None]:
 
     Strict: nothing falls back to it unseen.
     """
-    with fastformer.backend("cpu", strict=True):
+    with fastformer.backend(BACKEND, strict=True):
         yield
 
 
