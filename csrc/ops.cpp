@@ -52,8 +52,23 @@ STABLE_TORCH_LIBRARY(fastformer_cpu, m) {
       "bool need_weight1, bool need_bias1, bool need_weight2, bool need_bias2) -> "
       "(Tensor grad_input, Tensor grad_weight1, Tensor grad_bias1, Tensor grad_weight2, Tensor grad_bias2)");
 
-  // Inference on weights that were packed before: (panels, in_features, panel width), in the compute dtype.
+  // loss, lse and gradients in the compute dtype. lse is (2, rows): the largest logit, and what the log-sum-exp is above
+  // it; 0 where the target is ignore_index. The gradients of a loss that is one number come with it; those that were not
+  // asked for are empty. reduction: mean, sum or none.
+  m.def(
+      "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight, "
+      "str reduction, int ignore_index, float label_smoothing, bool need_input, bool need_weight, bool need_bias) -> "
+      "(Tensor loss, Tensor lse, Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias)");
+  m.def(  // of reduction none
+      "linear_cross_entropy_backward(Tensor grad_output, Tensor input, Tensor linear_weight, Tensor target, "
+      "Tensor? linear_bias, Tensor? weight, Tensor lse, int ignore_index, float label_smoothing, bool need_input, "
+      "bool need_weight, bool need_bias) -> "
+      "(Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias)");
+
+  // Inference on weights that were packed before: (panels, in_features, panel width) in the compute dtype, or quantized,
+  // (panels, bytes of a panel) in int8.
   m.def("pack_weight(Tensor weight) -> Tensor");
+  m.def("quantize_weight(Tensor weight) -> Tensor");
   m.def("is_packed(Tensor[] weights, Tensor packed) -> bool");  // by samples: do the weights, in a row, still agree?
   m.def(
       "packed_linear(Tensor input, Tensor packed, int out_features, Tensor? bias, str? activation, Tensor? residual) "

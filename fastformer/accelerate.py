@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
 from collections.abc import Iterator
@@ -25,6 +26,9 @@ class Row:
     module: str  # its class
     swapped: bool
     reasons: tuple[str, ...]  # why it runs its stock forward: it was left, or something inside has changed since
+    quantize: str | None = None  # "int8" where its inference computes with 8-bit weights
+    packed_bytes: int = 0  # of packed weights, made by its first inference
+    float_bytes: int = 0  # what they would take in float32
 
     @property
     def fused(self) -> bool:
@@ -46,19 +50,28 @@ class Report:
         return tuple(row for row in self.rows if not row.fused)
 
     def __str__(self) -> str:
-        lines = [
-            (name, row.module, "fused" if row.fused else "stock: " + "; ".join(row.reasons or ("not accelerated",)))
-            for name, row in _grouped(self.rows)
-        ]
+        lines = [(name, row.module, _state(row)) for name, row in _grouped(self.rows)]
         if not lines:
             return "nothing in this model can be fused"
         widths = [max(len(line[column]) for line in lines) for column in (0, 1)]
         table = [f"{name:{widths[0]}}  {module:{widths[1]}}  {state}" for name, module, state in lines]
-        return "\n".join([*table, f"{len(self.fused)} of {len(self.rows)} modules fused"])
+        total = f"{len(self.fused)} of {len(self.rows)} modules fused"
+        packed, floats = (sum(getattr(row, name) for row in self.rows) for name in ("packed_bytes", "float_bytes"))
+        if packed:
+            total += f", {packed / 1e6:,.0f} MB of packed weights"
+        if any(row.quantize and row.packed_bytes for row in self.rows):
+            total += f", {(floats - packed) / 1e6:,.0f} MB less than in float32"
+        return "\n".join([*table, total])
 
 
-def accelerate(model: Model, *, unpad: bool = True, strict: bool = False) -> Model:
-    """Runs the attention, feed-forward and layer-norm layers of a BERT or GPT-2 on fused kernels, in place.
+def _state(row: Row) -> str:
+    if row.fused:
+        return f"fused, {row.quantize}" if row.quantize else "fused"
+    return "stock: " + "; ".join(row.reasons or ("not accelerated",))
+
+
+def accelerate(model: Model, *, quantize: str | None = None, unpad: bool = True, strict: bool = False) -> Model:
+    """Runs the attention, feed-forward and layer-norm layers of a transformer on fused kernels, in place.
 
     The classes of the layers are swapped for subclasses with the same names; parameters, config and state_dict stay as
     they are, and checkpoints, hooks, generate and Trainer work as before. At each call a layer runs
@@ -74,7 +87,14 @@ def accelerate(model: Model, *, unpad: bool = True, strict: bool = False) -> Mod
     once. Wrap with FSDP2 afterwards, which gives the layers classes of its own.
 
     Args:
-        model: of transformers (BERT, GPT-2) or of fastformer.models, or any module with such models inside.
+        model: of transformers (BERT, GPT-2) or of fastformer.models, or any module that has inside such models, or
+            torch.nn's TransformerEncoder, TransformerEncoderLayer, TransformerDecoderLayer, MultiheadAttention (called
+            with need_weights=False) or LayerNorm.
+        quantize: "int8" computes the matrix products of inference on CPUs in 8 bits: each output feature of a weight
+            and each row of an activation with a scale of its own, exact sums of 32 bits, all else in float. The results
+            are close to those of the float model, not the same: look at your task's metric. The weights stay as they
+            are, beside an 8-bit copy, and serve where gradients are needed, in training, and under autocast. None:
+            nothing is quantized.
         unpad: in inference on CPUs an encoder computes the real tokens of a padded batch only; its last hidden states
             are 0 at padding, where the stock model has numbers without a meaning. Where hooks or output_hidden_states
             look inside, the batch is computed as it is.
@@ -84,16 +104,24 @@ def accelerate(model: Model, *, unpad: bool = True, strict: bool = False) -> Mod
         The model.
 
     Raises:
-        ValueError: nothing in the model is known.
+        ValueError: nothing in the model is known, or an unknown `quantize`.
         NotImplementedError: strict, and a layer would be left (it gives every reason, and nothing is swapped); or a
             version of transformers that is too old.
     """
+    if quantize not in (None, "int8"):
+        raise ValueError(f"quantize: expected None or 'int8', got {quantize!r}")
     candidates = _candidates(model)
     if not candidates:
         raise ValueError(
             f"model: {type(model).__name__} has no layer that fastformer knows; it takes {integrations.SUPPORTED}"
         )
-    rows = [_row(candidate) for candidate in candidates]
+    if quantize and library.available() and not library.multiplies_int8():
+        warnings.warn(
+            f"fastformer.accelerate(quantize={quantize!r}): the {library.isa()} kernels have no instructions for 8-bit"
+            " products (AVX-512 VNNI): inference takes less memory than in float32, but more time",
+            stacklevel=2,
+        )
+    rows = [_row(candidate, quantize) for candidate in candidates]
     left = [row for row in rows if row.reasons]
     if strict and left:
         raise NotImplementedError(f"strict: some layers would be left on their stock forward\n{Report(tuple(left))}")
@@ -101,8 +129,13 @@ def accelerate(model: Model, *, unpad: bool = True, strict: bool = False) -> Mod
         reasons = dict.fromkeys(reason for row in left for reason in row.reasons)
         warnings.warn(f"fastformer.accelerate swapped nothing: {'; '.join(reasons)}", stacklevel=2)
     for candidate, row in zip(candidates, rows, strict=True):
-        if not row.swapped and not row.reasons and (unpad or not candidate.cls.unpads):
+        if not row.swapped and not row.reasons:
             candidate.module.__class__ = candidate.cls
+        if isinstance(candidate.module, Fused):
+            if candidate.module._fastformer_quantize != quantize:
+                packing.drop(candidate.module)
+                candidate.module._fastformer_quantize = quantize
+            candidate.module._fastformer_unpad = unpad
     return model
 
 
@@ -122,13 +155,15 @@ def restore(model: Model) -> Model:
             raise RuntimeError(f"model: {name} has become a {cls} since: restore a model before fully_shard")
     for _, module in layers:
         packing.drop(module)
+        for option in fused.OPTIONS:
+            module.__dict__.pop(option, None)
         module.__class__ = module.stock
     return model
 
 
 def report(model: nn.Module) -> Report:
     """What of a model is fused, what is not, and why."""
-    return Report(tuple(map(_row, _candidates(model))))
+    return Report(tuple(_row(c, getattr(c.module, "_fastformer_quantize", None)) for c in _candidates(model)))
 
 
 def repack(model: nn.Module) -> None:
@@ -151,19 +186,31 @@ class _Candidate:
 
 def _candidates(model: nn.Module) -> list[_Candidate]:
     integrations.load()
-    found = []
+    found, done = [], set()  # modules that come with another one
     for name, module in model.named_modules():
+        if module in done:
+            continue
         if candidate := _candidate(name, module):
             found.append(candidate)
+            done.update(_norms_inside(candidate))
         for (owner, child_name), cls in fused.CHILDREN.items():
             child = module._modules.get(child_name)
             if isinstance(module, owner) and child is not None and not isinstance(child, Fused):
+                done.add(child)
                 name_of_child = f"{name}.{child_name}".lstrip(".")
                 if type(child) is cls.stock:
                     found.append(_Candidate(name_of_child, child, cls))
                 else:
                     found.append(_Candidate(name_of_child, child, None, _foreign(child, cls.stock)))
     return found
+
+
+def _norms_inside(candidate: _Candidate) -> Iterator[nn.Module]:
+    """The layer-norms that its fused forward takes along."""
+    for path, classes in candidate.cls.inner.items() if candidate.cls else ():
+        if classes is fused.NORMS:
+            with contextlib.suppress(AttributeError):
+                yield candidate.module.get_submodule(path)
 
 
 def _candidate(name: str, module: nn.Module) -> _Candidate | None:
@@ -175,7 +222,7 @@ def _candidate(name: str, module: nn.Module) -> _Candidate | None:
         if isinstance(module, stock):
             return _Candidate(name, module, None, reason)
     for stock in fused.SWAPS:
-        if isinstance(module, stock):
+        if isinstance(module, stock) and type(module) not in fused.FUSED_ALREADY:
             return _Candidate(name, module, None, _foreign(module, stock))
     return None
 
@@ -186,15 +233,18 @@ def _foreign(module: nn.Module, stock: type[nn.Module]) -> str:
     return f"is a {cls.__module__}.{cls.__qualname__}, not a {stock.__name__}{advice}"
 
 
-def _row(candidate: _Candidate) -> Row:
+def _row(candidate: _Candidate, quantize: str | None) -> Row:
     module, cls = candidate.module, candidate.cls
     if cls is None:
         reasons = [candidate.reason]
     elif not library.available():
         reasons = [library.why_unavailable()]
     else:
-        reasons = fused.survey(module, cls)[0] + fused.dtype_obstacles(module, cls)
-    return Row(candidate.name, type(module).__name__, isinstance(module, Fused), tuple(reasons))
+        reasons = fused.survey(module, cls)[0] + fused.dtype_obstacles(module, cls, quantize)
+    packed = packing.kept(module)
+    sizes = (packed.bytes, packed.float_bytes) if packed else (0, 0)
+    quantize = quantize if cls and fused.multiplies(cls) else None
+    return Row(candidate.name, type(module).__name__, isinstance(module, Fused), tuple(reasons), quantize, *sizes)
 
 
 def _grouped(rows: tuple[Row, ...]) -> Iterator[tuple[str, Row]]:
@@ -203,7 +253,7 @@ def _grouped(rows: tuple[Row, ...]) -> Iterator[tuple[str, Row]]:
     for row in rows:
         number = re.search(r"(?<=\.)\d+(?=\.|$)", row.name)
         pattern = row.name if number is None else row.name[: number.start()] + "*" + row.name[number.end() :]
-        key = pattern, row.module, row.fused, row.reasons
+        key = pattern, row.module, row.fused, row.reasons, row.quantize
         groups.setdefault(key, []).append((int(number.group()) if number else 0, row))
     for (pattern, *_), members in groups.items():
         yield pattern.replace("*", _ranges([number for number, _ in members])) or "(the model)", members[0][1]

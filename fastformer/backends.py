@@ -8,25 +8,33 @@ these.
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fastformer import library
+from fastformer import cuda_library, library, tuning
 
-OPS = ("scaled_dot_product_attention", "varlen_attn", "layer_norm", "add_layer_norm", "linear", "feed_forward")
+OPS = (
+    "scaled_dot_product_attention",
+    "varlen_attn",
+    "layer_norm",
+    "add_layer_norm",
+    "linear",
+    "feed_forward",
+    "linear_cross_entropy",
+)
 BACKENDS = ("cpu", "triton", "cuda", "torch")
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 # Triton's interpreter runs the kernels on CPU tensors, for tests; it changes what @triton.jit makes of them.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 TRITON_DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 
@@ -41,8 +49,9 @@ class Implementation:
     notes: str = ""  # for people: masks, head sizes, limits
     mask_gradient: bool = False  # does it give the gradient of a float attn_mask?
     capability: tuple[int, int] = (0, 0)  # the least of an NVIDIA GPU
+    max_size: int | None = None  # of a head, or of the row that is normalized
 
-    def reasons(self, tensors: tuple[Tensor | None, ...], mask: Tensor | None) -> list[str]:
+    def reasons(self, tensors: tuple[Tensor | None, ...], mask: Tensor | None, size: int | None) -> list[str]:
         """Why it can't take this call; empty if it can."""
         reasons = []
         unavailable = why_unavailable(self.backend)
@@ -62,6 +71,9 @@ class Implementation:
                 reasons.append(f"takes plain tensors, got {type(tensor).__name__}")
         if mask is not None and mask.requires_grad and torch.is_grad_enabled() and not self.mask_gradient:
             reasons.append("gives no gradient for attn_mask")
+        if size is not None and self.max_size is not None and size > self.max_size:
+            what = "rows" if self.op in ("layer_norm", "add_layer_norm") else "head sizes"
+            reasons.append(f"takes {what} up to {self.max_size}, got {size}")
         return list(dict.fromkeys(reasons))
 
 
@@ -90,6 +102,7 @@ _CPU_NOTES = {
     "add_layer_norm": "any width, 16-bit input with a float32 residual, dropout",
     "linear": "gelu, gelu_tanh, relu, silu, dropout, residual",
     "feed_forward": "gelu, gelu_tanh, relu, silu, dropout, residual",
+    "linear_cross_entropy": "class indices, class weights, label smoothing",
 }
 
 _TRITON_NOTES = {
@@ -99,11 +112,38 @@ _TRITON_NOTES = {
     "add_layer_norm": "widths to 65,536, 16-bit input with a float32 residual, dropout",
     "linear": "gelu, gelu_tanh, relu, silu, dropout, residual",
     "feed_forward": "gelu, gelu_tanh, relu, silu, dropout, residual",
+    "linear_cross_entropy": "class indices, class weights, label smoothing",
+}
+
+_TRITON_SIZES = {
+    "scaled_dot_product_attention": 256,
+    "varlen_attn": 256,
+    "layer_norm": 65536,
+    "add_layer_norm": 65536,
+}
+
+_CUDA_NOTES = {
+    "layer_norm": "widths to 16,384",
+    "add_layer_norm": "widths to 16,384, 16-bit input with a float32 residual, dropout",
+}
+
+_CUDA_SIZES = {
+    "layer_norm": 16384,
+    "add_layer_norm": 16384,
 }
 
 _IMPLEMENTATIONS = [
     *(Implementation(op, "cpu", "cpu", (*_FLOATS, torch.float64), _CPU_NOTES[op]) for op in OPS),
-    *(Implementation(op, "triton", TRITON_DEVICE, _FLOATS, _TRITON_NOTES[op], capability=(8, 0)) for op in OPS),
+    *(
+        Implementation(op, "triton", TRITON_DEVICE, _FLOATS, notes, capability=(8, 0), max_size=_TRITON_SIZES.get(op))
+        for op, notes in _TRITON_NOTES.items()
+    ),
+    *(
+        Implementation(
+            op, "cuda", cuda_library.device_type(), _FLOATS, notes, capability=(8, 0), max_size=_CUDA_SIZES.get(op)
+        )
+        for op, notes in _CUDA_NOTES.items()
+    ),
     *(Implementation(op, "torch", "any", (*_FLOATS, torch.float64), "plain PyTorch", mask_gradient=True) for op in OPS),
 ]
 _BY_OP = {op: {i.backend: i for i in _IMPLEMENTATIONS if i.op == op} for op in OPS}
@@ -120,13 +160,8 @@ def why_unavailable(backend: str) -> str | None:
     if backend == "cpu":
         return library.why_unavailable()
     if backend == "triton":
-        return None if _has_triton() else "triton is not installed: pip install triton"
-    return f"this version has no {backend} kernels"
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+        return None if _HAS_TRITON else "triton is not installed: pip install triton"
+    return cuda_library.why_unavailable()
 
 
 class _Request(threading.local):
@@ -175,32 +210,62 @@ def _requested() -> tuple[str | None, bool]:
 _DEFAULT = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 
 
-def choose(op: str, *tensors: Tensor | None, mask: Tensor | None = None, torch_is_faster: bool = False) -> str:
-    """The backend for a call of `op` on these floating tensors; `mask` is a float attn_mask. Where nothing is asked
-    for, `torch_is_faster` decides for plain PyTorch.
+def choose(
+    op: str,
+    *tensors: Tensor | None,
+    mask: Tensor | None = None,
+    size: int | None = None,
+    torch_is_faster: bool = False,
+    options: tuple[Hashable, ...] = (),
+) -> str:
+    """The backend for a call of `op` on these floating tensors; `mask` is a float attn_mask, `size` that of a head or
+    of the row that is normalized. Where nothing is asked for, what `fastformer tune` measured for such a call decides,
+    with its `options` that matter to speed; then `torch_is_faster` for plain PyTorch.
 
     Raises NotImplementedError where a backend was asked for strictly and can't take the call.
     """
     name, strict = _requested()
-    if name == "torch" or (name is None and torch_is_faster):
+    if name is None:
+        tuned = _tuned(op, tensors, mask, size, options) if tuning.table is not None else None
+        if tuned or torch_is_faster:
+            return tuned or "torch"
+    if name == "torch":
         return "torch"
     candidates = (name,) if name else _DEFAULT.get(tensors[0].device.type, ())
     for candidate in candidates:
         implementation = _BY_OP[op].get(candidate)
-        if implementation and not implementation.reasons(tensors, mask):
+        if implementation and not implementation.reasons(tensors, mask, size):
             return candidate
     if strict or candidates:
-        _explain(op, name, strict, tensors, mask)
+        _explain(op, name, strict, tensors, mask, size)
     return "torch"
 
 
-def _explain(op: str, name: str | None, strict: bool, tensors: tuple[Tensor | None, ...], mask: Tensor | None) -> None:
+def _tuned(
+    op: str, tensors: tuple[Tensor | None, ...], mask: Tensor | None, size: int | None, options: tuple[Hashable, ...]
+) -> str | None:
+    """What the tuned table says; None also where the sizes are not known (in torch.compile and other traces)."""
+    if type(tensors[0]) not in _PLAIN or torch.compiler.is_compiling():
+        return None
+    winner = tuning.table.backend(op, tensors, options)
+    implementation = _BY_OP[op].get(winner)
+    return winner if implementation and not implementation.reasons(tensors, mask, size) else None
+
+
+def _explain(
+    op: str,
+    name: str | None,
+    strict: bool,
+    tensors: tuple[Tensor | None, ...],
+    mask: Tensor | None,
+    size: int | None,
+) -> None:
     reasons = []
     for candidate in BACKENDS:
         if candidate == "torch":
             continue
         implementation = _BY_OP[op].get(candidate)
-        why = implementation.reasons(tensors, mask) if implementation else [why_unavailable(candidate)]
+        why = implementation.reasons(tensors, mask, size) if implementation else [why_unavailable(candidate)]
         if why:
             reasons.append(f"  {candidate}: {'; '.join(why)}")
     text = "\n".join(reasons)

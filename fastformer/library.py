@@ -10,7 +10,7 @@ import torch
 
 _LIBRARY = Path(__file__).with_name("libfastformer_cpu.so")
 _NOT_BUILT = Path(__file__).with_name("library_not_built.txt")  # written by setup.py
-_ISAS = ("baseline", "avx2", "avx512")
+_ISAS = ("baseline", "avx2", "avx512", "avx512_vnni", "avx512_amx")
 
 
 def _load() -> str | None:
@@ -39,13 +39,21 @@ def why_unavailable() -> str | None:
 
 
 def isas() -> list[str]:
-    """The instruction sets of the library that this machine can run, the plainest first."""
+    """The instruction sets of the library that this machine can run, the plainest first.
+
+    Those above avx512 differ from it in their 8-bit products only.
+    """
     return torch.ops.fastformer_cpu.isas().split(",") if available() else []
 
 
 def isa() -> str:
     """The instruction set that the kernels use; FASTFORMER_ISA in the environment asks for a lower one."""
     return torch.ops.fastformer_cpu.isa()
+
+
+def multiplies_int8() -> bool:
+    """Are there instructions for 8-bit products (AVX-512 VNNI, AMX) in the set that the kernels use?"""
+    return available() and isa() in ("avx512_vnni", "avx512_amx")
 
 
 def multiplies_bfloat16() -> bool:

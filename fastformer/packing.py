@@ -42,11 +42,18 @@ class Packed:
         children: the modules inside that this forward does not call: where each stands (a module's `_modules`, a name).
         groups: matrices (out_features, in_features) of one dtype, parameters of the module or of these children; those
             of a group have the same input and are laid out one after the other, as one matrix.
+        quantize: "int8", or None for the values as they are.
     """
 
     __slots__ = ("panels", "children", "dtype", "in_features", "_places", "_stamps", "_matrices", "_steps", "_isa")
 
-    def __init__(self, module: nn.Module, children: Sequence[tuple[dict, str]], groups: Sequence[Sequence[Tensor]]):
+    def __init__(
+        self,
+        module: nn.Module,
+        children: Sequence[tuple[dict, str]],
+        groups: Sequence[Sequence[Tensor]],
+        quantize: str | None,
+    ):
         self._steps = _steps
         self._isa = _raw.isa()
         self._places = [(modules, name, modules[name], modules[name].__class__) for modules, name in children]
@@ -57,8 +64,18 @@ class Packed:
             for name, parameter in owner._parameters.items()
         ]
         self._matrices = [[matrix.detach() for matrix in group] for group in groups]
-        self.panels = [_raw.pack_weight(g[0] if len(g) == 1 else torch.cat(g)) for g in self._matrices]
+        pack = _raw.quantize_weight if quantize else _raw.pack_weight
+        self.panels = [pack(g[0] if len(g) == 1 else torch.cat(g)) for g in self._matrices]
         self.dtype, self.in_features = (groups[0][0].dtype, groups[0][0].shape[1]) if groups else (None, None)
+
+    @property
+    def bytes(self) -> int:
+        return sum(panels.nbytes for panels in self.panels)
+
+    @property
+    def float_bytes(self) -> int:
+        """What the same matrices take where they are packed as they are: in float32."""
+        return sum(4 * matrix.numel() for group in self._matrices for matrix in group)
 
     def hold(self) -> bool:
         """Are all modules, parameters and values what they were? Asked at every call: in some microseconds."""

@@ -271,3 +271,27 @@ def feed_forward(
     """dropout(W2 hidden_dropout(activation(W1 input))) + residual"""
     hidden = linear(input, weight1, bias1, activation=activation, dropout_p=hidden_dropout_p)
     return linear(hidden, weight2, bias2, dropout_p=dropout_p, residual=residual)
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """cross_entropy(linear(input, linear_weight, linear_bias), target, ...)"""
+    logits = F.linear(input[None], linear_weight, linear_bias).flatten(0, -2)
+    loss = F.cross_entropy(
+        logits,
+        target.flatten(),
+        None if weight is None else weight.to(logits.dtype),
+        reduction=reduction,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+    )
+    return loss.view(target.shape) if reduction == "none" else loss

@@ -57,7 +57,8 @@ def _results(fused: Callable, eager: Callable, tensors: dict[str, Tensor | None]
     """Name -> (fused, eager, float64) for every output and gradient."""
     runs = [_run(fused, tensors), _run(eager, tensors), _run(eager, tensors, torch.float64)]
     generator = torch.Generator().manual_seed(2)
-    weights = [torch.randn(out.shape, generator=generator).to(out.dtype) for out in runs[0][1]]  # of the outputs' sum
+    drawn = [torch.randn(out.shape, generator=generator, device="cpu") for out in runs[0][1]]
+    weights = [x.to(out) for x, out in zip(drawn, runs[0][1], strict=True)]  # of the outputs' sum
     results = []
     for leaves, outputs in runs:
         given = [weight.to(out.dtype) for weight, out in zip(weights, outputs, strict=True)]

@@ -22,6 +22,16 @@ class Case:
         sizes = {name: (s[0] * scale, *s[1:]) if name in scaled else s for name, s in self.shapes.items()}
         return {name: randn(*size, dtype=dtype) / len(size) for name, size in sizes.items()}
 
+    @property
+    def one_size(self) -> bool:
+        """Does an option hold the tensors to the sizes that are given here?"""
+        return not {"attn_mask", "cu_seq_q", "target"}.isdisjoint(self.options())
+
+    @property
+    def gradients_with_the_output(self) -> bool:
+        """Does the forward compute the gradients, so that the backward needs no raw op?"""
+        return self.op == "linear_cross_entropy" and self.options().get("reduction") != "none"
+
     def __call__(self, **tensors: Tensor) -> tuple[Tensor, ...]:
         outputs = getattr(ops, self.op)(**tensors, **self.options())
         return outputs if isinstance(outputs, tuple) else (outputs,)
@@ -44,6 +54,14 @@ _FEED_FORWARD = {
 _ATTENTION = {"query": (2, 4, 9, 8), "key": (2, 4, 11, 8), "value": (2, 4, 11, 10)}
 _GROUPED = {"query": (3, 4, 9, 8), "key": (3, 2, 11, 8), "value": (3, 2, 11, 10)}
 _PACKED = {"query": (14, 4, 8), "key": (16, 2, 8), "value": (16, 2, 10)}
+
+
+_CROSS_ENTROPY = {"input": (6, 5, 20), "linear_weight": (36, 20), "linear_bias": (36,)}
+
+
+def labels() -> Tensor:
+    """(6, 5) classes, every third -100."""
+    return torch.arange(30).where(torch.arange(30) % 3 > 0, -100).view(6, 5)
 
 
 def padding_mask() -> Tensor:
@@ -71,6 +89,11 @@ CASES = {
     "feed_forward": _case("feed_forward", _FEED_FORWARD),
     "feed_forward, dropout": _case("feed_forward", _FEED_FORWARD, hidden_dropout_p=0.2, dropout_p=0.3),
     "feed_forward, no activation": _case("feed_forward", _FEED_FORWARD, activation=None),
+    "linear_cross_entropy": _case("linear_cross_entropy", _CROSS_ENTROPY, target=labels),
+    "linear_cross_entropy, each row": _case(
+        "linear_cross_entropy", _CROSS_ENTROPY, target=labels, weight=lambda: torch.linspace(0.5, 2, 36),
+        reduction="none", label_smoothing=0.1,
+    ),
     "attention": _case("scaled_dot_product_attention", _ATTENTION),
     "attention, causal, dropout": _case("scaled_dot_product_attention", _ATTENTION, is_causal=True, dropout_p=0.3),
     "attention, padding mask": _case("scaled_dot_product_attention", _ATTENTION, attn_mask=padding_mask),

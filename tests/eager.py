@@ -53,6 +53,20 @@ def feed_forward(
     return linear(hidden, weight2, bias2, residual, dropout_p=dropout_p)
 
 
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None = None,
+    target: Tensor | None = None,
+    weight: Tensor | None = None,
+    **options,
+) -> Tensor:
+    logits = F.linear(input, linear_weight, linear_bias)
+    weight = None if weight is None else weight.to(logits.dtype)
+    loss = F.cross_entropy(logits.view(target.numel(), logits.shape[-1]), target.flatten(), weight, **options)
+    return loss.view(target.shape) if loss.dim() else loss
+
+
 def layer_norm(
     input: Tensor,
     weight: Tensor | None = None,

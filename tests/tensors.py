@@ -6,8 +6,15 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-DTYPES = (*FLOATS, torch.float64) if os.environ.get("FASTFORMER_BACKEND", "cpu") == "cpu" else FLOATS
+BACKEND = os.environ.get("FASTFORMER_BACKEND", "cpu")  # whose kernels are tested: see docs/verification.md
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = (*FLOATS, torch.float64) if BACKEND == "cpu" else FLOATS
 LAYOUTS = ("transposed", "columns", "rows", "wider rows", "broadcast rows", "broadcast columns", "unaligned", "flipped")
+
+
+def at_scale(size: int) -> int:
+    """The size, or the tenth part where kernels run in an interpreter, whose tiles are a few rows."""
+    return size // 10 if INTERPRETED else size
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, layout: str = "contiguous") -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastformer
-from fastformer import backends, library, ops, reference
+from fastformer import backends, cuda_library, library, ops, reference
 
 PACKAGE = Path(fastformer.__file__).parent
 X, W = torch.ones(200, 8), torch.ones(6, 8)
@@ -57,7 +57,8 @@ class TestDeclarations:
             schema = getattr(getattr(torch.ops, op_name.partition("::")[0]), op_name.partition("::")[2]).default._schema
             return [(a.name, str(a.type)) for a in schema.arguments], [str(r.type) for r in schema.returns]
 
-        fused = [i.backend for i in backends.implementations() if i.op == op and i.backend != "torch"]
+        declared = [i.backend for i in backends.implementations() if i.op == op and i.backend != "torch"]
+        fused = [backend for backend in declared if not backends.why_unavailable(backend)]
         assert fused
         arguments, returns = signature(f"fastformer::{op}")
         assert arguments[-1] == ("backend", "str")
@@ -199,6 +200,16 @@ class TestEnvironment:
         assert run_python(script, PACKAGE.parent, environment) == "torch"
 
 
+def attention(head_size: int, value_size: int) -> Tensor:
+    query, value = torch.ones(1, 1, 2, head_size), torch.ones(1, 1, 2, value_size)
+    return ops.scaled_dot_product_attention(query, query, value)
+
+
+def variable_length(head_size: int, value_size: int) -> Tensor:
+    query, value, bounds = torch.ones(2, 1, head_size), torch.ones(2, 1, value_size), torch.tensor([0, 2]).int()
+    return ops.varlen_attn(query, query, value, bounds, bounds, 2, 2)
+
+
 class TestCallsThatNothingTakes:
     def test_strict(self):
         """All backends' reasons, in the order of backends.BACKENDS."""
@@ -209,13 +220,34 @@ class TestCallsThatNothingTakes:
             ops.layer_norm(X.to(torch.float8_e4m3fn), 8)
         text = str(error.value).splitlines()
         assert text[0] == "fastformer.ops.layer_norm: backend 'triton' was asked for and can't take this call"
+        cuda = "" if cuda_library.available() else f"{cuda_library.why_unavailable()}; "
         assert text[1].startswith("  cpu: ") and text[1].endswith(
             "takes float32, bfloat16, float16, float64, got float8_e4m3fn"
         )
         assert text[2:] == [
             "  triton: takes cuda tensors, got one on cpu; takes float32, bfloat16, float16, got float8_e4m3fn",
-            "  cuda: this version has no cuda kernels",
+            f"  cuda: {cuda}takes cuda tensors, got one on cpu; takes float32, bfloat16, float16, got float8_e4m3fn",
         ]
+
+    @pytest.mark.parametrize(
+        ("call", "most", "reason"),
+        [
+            (lambda n: ops.layer_norm(torch.ones(2, n), n), 65536, "takes rows up to 65536, got 65537"),
+            (lambda n: ops.layer_norm(torch.ones(2, n, 2), (n, 2)), 32768, "takes rows up to 65536, got 65538"),
+            (lambda n: ops.add_layer_norm(*torch.ones(2, 3, n), n), 65536, "takes rows up to 65536, got 65537"),
+            (lambda n: attention(n, 8), 256, "takes head sizes up to 256, got 257"),
+            (lambda n: attention(8, n), 256, "takes head sizes up to 256, got 257"),
+            (lambda n: variable_length(n, 8), 256, "takes head sizes up to 256, got 257"),
+            (lambda n: variable_length(8, n), 256, "takes head sizes up to 256, got 257"),
+        ],
+    )
+    def test_sizes(self, monkeypatch, call, most, reason):
+        """The Triton kernels hold a row, or a head, up to a size; the others take any."""
+        monkeypatch.setattr(backends, "_HAS_TRITON", False)  # for another reason than size
+        for size, expected in ((most, False), (most + 1, True)):
+            with fastformer.backend("triton", strict=True), pytest.raises(NotImplementedError) as error:
+                call(size)
+            assert (f"; {reason}\n" in str(error.value)) == expected
 
     @needs_library
     def test_several_reasons(self):
@@ -303,7 +335,7 @@ WITHOUT_LIBRARY = """
 import warnings
 import torch
 import fastformer
-from fastformer import backends, library, ops, reference
+from fastformer import backends, cuda_library, library, ops, reference
 from cases import CASES
 
 assert not library.available() and library.isas() == []

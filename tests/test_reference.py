@@ -154,6 +154,15 @@ class TestRows:
         options = {"normalized_shape": (4, 8), "eps": 0.1}
         assert_op_close(*(partial(f, **options) for f in (reference.layer_norm, eager.layer_norm)), given)
 
+    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+    @pytest.mark.parametrize("weight", [None, torch.linspace(0.5, 2, 6)])
+    def test_linear_cross_entropy(self, dtype, reduction, weight):
+        given = tensors(dtype, input=(3, 4, 8), linear_weight=(6, 8), linear_bias=(6,))
+        target = torch.arange(12).view(3, 4) % 7 - 1
+        options = {"reduction": reduction, "ignore_index": -1, "label_smoothing": 0.1, "weight": weight}
+        functions = (reference.linear_cross_entropy, eager.linear_cross_entropy)
+        assert_op_close(*(partial(f, target=target, **options) for f in functions), given)
+
     @pytest.mark.parametrize("p", [0.0, 0.4])
     def test_add_layer_norm(self, dtype, p):
         given = tensors(dtype, input=(9, 8), residual=(9, 8), weight=(8,), bias=(8,))

@@ -6,13 +6,12 @@
 namespace fastformer {
 namespace {
 
-constexpr int64_t kMaxRows = 192, kMinRows = 96;  // of a block: one pass over the weights
-
 // Blocks of rows, as many for each thread; 0 where there are too few rows for that and both threads share each product.
-int64_t row_blocks(int64_t rows) {
+int64_t row_blocks(int64_t rows, bool quantized) {
+  const int64_t most = quantized ? 96 : 192;  // in L2, with the hidden activation also in 8 bits; one pass over the weights
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t blocks = ((rows + kMaxRows - 1) / kMaxRows + threads - 1) / threads * threads;
-  return threads > 1 && rows < blocks * kMinRows ? 0 : blocks;
+  const int64_t blocks = ((rows + most - 1) / most + threads - 1) / threads * threads;
+  return threads > 1 && rows < blocks * most / 2 ? 0 : blocks;
 }
 
 // second reads what first writes: (rows, hidden) in the compute type, the rows a cache line further apart than they need
@@ -23,7 +22,7 @@ void products(GemmArgs first, GemmArgs second) {
   first.output_is_compute_type = second.a_is_compute_type = true;
   first.output_stride = second.a_row_stride = hidden;
   second.a_depth_stride = 1;
-  const int64_t blocks = row_blocks(rows);
+  const int64_t blocks = row_blocks(rows, second.b_is_quantized);
   if (blocks == 0) {
     const Tensor activation = empty({rows, hidden}, compute_type(first.dtype));
     second.a = first.output = activation.mutable_data_ptr();
@@ -31,16 +30,16 @@ void products(GemmArgs first, GemmArgs second) {
     gemm(second);
     return;
   }
-  const int64_t block_bytes = ((rows + blocks - 1) / blocks * row_bytes + 63) / 64 * 64;
-  const int64_t work_bytes = std::max(kernels().gemm_scratch_bytes(first), kernels().gemm_scratch_bytes(second));
-  const int64_t width = panel_columns(first.dtype);
+  const int64_t block_rows = (rows + blocks - 1) / blocks;
+  const int64_t block_bytes = (block_rows * row_bytes + 63) / 64 * 64;
+  const int64_t work_bytes = std::max(serial_bytes(first, block_rows), serial_bytes(second, block_rows));
   parallel_tasks(blocks, [&](int64_t block) {
     const int64_t begin = rows * block / blocks, end = rows * (block + 1) / blocks;
     char* memory = static_cast<char*>(scratch(block_bytes + work_bytes));
     GemmArgs mine1 = first, mine2 = second;
     mine2.a = mine1.output = memory - begin * row_bytes;  // rows count from the start of the tensor
-    kernels().gemm(mine1, begin, end, 0, (first.columns + width - 1) / width, memory + block_bytes);
-    kernels().gemm(mine2, begin, end, 0, (second.columns + width - 1) / width, memory + block_bytes);
+    gemm_serial(mine1, begin, end, memory + block_bytes);
+    gemm_serial(mine2, begin, end, memory + block_bytes);
   });
 }
 
@@ -57,15 +56,17 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const PackedWeight& weig
   Tensor pre_activation =
       empty(save_pre_activation ? with_last(input, weight1.columns) : std::vector<int64_t>{0}, input.scalar_type());
   const GemmArgs first = {
-      .dtype = dtype, .rows = x.count, .columns = weight1.columns, .depth = weight1.depth(),
-      .a = x.data, .a_row_stride = x.stride, .a_depth_stride = 1, .b = weight1.data(), .bias = data(b1),
+      .dtype = dtype, .rows = x.count, .columns = weight1.columns, .depth = weight1.depth,
+      .a = x.data, .a_row_stride = x.stride, .a_depth_stride = 1, .b = weight1.data(),
+      .b_is_quantized = weight1.quantized(), .bias = data(b1),
       .activation = activation, .dropout = hidden_dropout,
       .pre_activation = save_pre_activation ? pre_activation.mutable_data_ptr() : nullptr,
       .output = nullptr, .output_stride = 0,
   };
   const GemmArgs second = {
-      .dtype = dtype, .rows = x.count, .columns = weight2.columns, .depth = weight2.depth(),
-      .a = nullptr, .a_row_stride = 0, .a_depth_stride = 1, .b = weight2.data(), .bias = data(b2),
+      .dtype = dtype, .rows = x.count, .columns = weight2.columns, .depth = weight2.depth,
+      .a = nullptr, .a_row_stride = 0, .a_depth_stride = 1, .b = weight2.data(),
+      .b_is_quantized = weight2.quantized(), .bias = data(b2),
       .dropout = dropout, .residual = r ? r->data : nullptr, .residual_stride = r ? r->stride : 0,
       .output = output.mutable_data_ptr(), .output_stride = weight2.columns,
   };
@@ -125,7 +126,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_backward(
   Tensor grad_hidden = empty(shape_of(pre_activation), input.scalar_type());
   const PackedWeight b = pack_transposed(weight2);
   gemm({
-      .dtype = dtype_of(input), .rows = grad.count, .columns = b.columns, .depth = b.depth(),
+      .dtype = dtype_of(input), .rows = grad.count, .columns = b.columns, .depth = b.depth,
       .a = grad.data, .a_row_stride = grad.stride, .a_depth_stride = 1, .b = b.data(), .bias = nullptr,
       .activation = activation, .dropout = hidden_dropout,
       .pre_activation = pre_activation.mutable_data_ptr(), .gradient = true,

@@ -5,12 +5,13 @@
 
 namespace fastformer {
 
-// A packed weight (panels, depth, panel width) in the compute type; see PackArgs.
+// A packed weight: (panels, depth, panel width) in the compute type, see PackArgs; or quantized, (panels, bytes of a panel)
+// in 8 bits, see QuantizedRows.
 struct PackedWeight {
   Tensor panels;
-  int64_t columns;
+  int64_t columns, depth;
 
-  int64_t depth() const { return panels.size(1); }
+  bool quantized() const { return panels.scalar_type() == ScalarType::Char; }
   const void* data() const { return panels.const_data_ptr(); }
 };
 
@@ -27,7 +28,7 @@ inline PackedWeight pack(const Tensor& b, int64_t columns, int64_t depth, int64_
       .b_column_stride = column_stride, .b_depth_stride = depth_stride, .packed = packed.mutable_data_ptr(),
   };
   parallel_tasks(panels, [&](int64_t p) { kernels().pack(args, p, p + 1); });
-  return {packed, columns};
+  return {packed, columns, depth};
 }
 // weight (out_features, in_features), any strides.
 inline PackedWeight pack(const Tensor& weight) {
@@ -40,26 +41,84 @@ inline PackedWeight pack_transposed(const Tensor& weight) {
 // A tensor that Python packed before, checked against the product and the instruction set in use.
 inline PackedWeight packed_weight(const Tensor& panels, int64_t columns, int64_t depth, DType dtype) {
   const int64_t width = panel_columns(dtype);
+  if (panels.scalar_type() == ScalarType::Char) {
+    STD_TORCH_CHECK(panels.dim() == 2 && panels.size(0) == (columns + kQuantizedColumns - 1) / kQuantizedColumns &&
+                        panels.size(1) == quantized_panel_bytes(depth) && dtype != DType::f64,
+                    "packed weight: it was quantized for another shape, or for float64");
+    return {panels, columns, depth};
+  }
   STD_TORCH_CHECK(panels.dim() == 3 && panels.size(0) == (columns + width - 1) / width && panels.size(1) == depth &&
                       panels.size(2) == width && panels.scalar_type() == compute_type(dtype),
                   "packed weight: it was packed for another dtype, shape or instruction set; pack it again");
-  return {panels, columns};
+  return {panels, columns, depth};
 }
 
-inline void gemm(const GemmArgs& args) {
-  constexpr int64_t kRows = 192;  // of a task
-  const int64_t threads = torch::stable::get_num_threads(), width = panel_columns(args.dtype);
+// Which product: the panels of b say it.
+struct Product {
+  GemmKernel* kernel;
+  int64_t panels, scratch_bytes;
+};
+inline Product product_of(const GemmArgs& args) {
+  const int64_t width = args.b_is_quantized ? kQuantizedColumns : panel_columns(args.dtype);
   const int64_t panels = (args.columns + width - 1) / width;
+  if (args.b_is_quantized) return {kernels().quantized_gemm, panels, kernels().quantized_scratch_bytes};
+  return {kernels().gemm, panels, kernels().gemm_scratch_bytes(args)};
+}
+
+// Memory for the quantized rows of a product: values, scales, zeros.
+inline int64_t quantized_bytes(int64_t rows, int64_t depth) {
+  return (rows + kQuantizedRowTile - 1) * quantized_depth(depth) + (rows + 15) / 16 * 16 * 8;
+}
+// rows count from `first`
+inline QuantizedRows quantized_rows(void* memory, int64_t first, int64_t rows, int64_t depth) {
+  const int64_t stride = quantized_depth(depth);
+  float* scale = static_cast<float*>(memory);
+  int32_t* zero = reinterpret_cast<int32_t*>(scale + (rows + 15) / 16 * 16);
+  uint8_t* values = reinterpret_cast<uint8_t*>(zero + (rows + 15) / 16 * 16);
+  return {values - first * stride, scale - first, zero - first};
+}
+inline void quantize(const GemmArgs& args, int64_t row_begin, int64_t row_end) {
+  kernels().quantize({.dtype = args.dtype, .depth = args.depth, .a = args.a, .a_row_stride = args.a_row_stride,
+                      .a_is_compute_type = args.a_is_compute_type, .quantized = args.quantized},
+                     row_begin, row_end);
+}
+// Quantizes args.a into memory of its own, which lives as long as the result.
+inline Tensor quantize(GemmArgs& args) {
+  Tensor memory = empty({quantized_bytes(args.rows, args.depth)}, ScalarType::Byte);
+  args.quantized = quantized_rows(memory.mutable_data_ptr(), 0, args.rows, args.depth);
+  parallel_rows(args.rows, std::max<int64_t>(1, 32768 / std::max<int64_t>(args.depth, 1)),
+                [&](int64_t begin, int64_t end) { quantize(args, begin, end); });
+  return memory;
+}
+
+inline void gemm(GemmArgs args) {
+  constexpr int64_t kRows = 192;  // of a task
+  std::optional<Tensor> quantized;
+  if (args.b_is_quantized) quantized = quantize(args);
+  const int64_t threads = torch::stable::get_num_threads();
+  const auto [kernel, panels, bytes] = product_of(args);
   const int64_t row_tasks = threads == 1 ? 1 : (args.rows + kRows - 1) / kRows;
   const int64_t wanted = threads == 1 || args.rows * args.columns * args.depth < (1 << 16) ? 1 : 4 * threads;
   const int64_t panel_tasks = std::clamp<int64_t>((wanted + row_tasks - 1) / std::max<int64_t>(row_tasks, 1), 1,
                                                   std::max<int64_t>(panels, 1));
-  const int64_t bytes = kernels().gemm_scratch_bytes(args);
   parallel_tasks(row_tasks * panel_tasks, [&](int64_t task) {
     const int64_t r = task / panel_tasks, p = task % panel_tasks;
-    kernels().gemm(args, args.rows * r / row_tasks, args.rows * (r + 1) / row_tasks, panels * p / panel_tasks,
-                   panels * (p + 1) / panel_tasks, scratch(bytes));
+    kernel(args, args.rows * r / row_tasks, args.rows * (r + 1) / row_tasks, panels * p / panel_tasks,
+           panels * (p + 1) / panel_tasks, scratch(bytes));
   });
+}
+
+// The product of rows [begin, end) by this thread alone, in serial_bytes(args, end - begin) of its memory.
+inline int64_t serial_bytes(const GemmArgs& args, int64_t rows) {
+  return product_of(args).scratch_bytes + (args.b_is_quantized ? quantized_bytes(rows, args.depth) : 0);
+}
+inline void gemm_serial(GemmArgs args, int64_t begin, int64_t end, char* memory) {
+  const auto [kernel, panels, bytes] = product_of(args);
+  if (args.b_is_quantized) {
+    args.quantized = quantized_rows(memory + bytes, begin, end - begin, args.depth);
+    quantize(args, begin, end);
+  }
+  kernel(args, begin, end, 0, panels, memory);
 }
 
 // output (rows, columns), contiguous, = a b for a (rows, depth) with any strides.
@@ -67,7 +126,7 @@ inline Tensor product(const Tensor& a, int64_t rows, int64_t row_stride, int64_t
                       const std::vector<int64_t>& shape, ScalarType type) {
   Tensor output = empty(shape, type);
   GemmArgs args = {
-      .dtype = dtype_of(a), .rows = rows, .columns = b.columns, .depth = b.depth(),
+      .dtype = dtype_of(a), .rows = rows, .columns = b.columns, .depth = b.depth,
       .a = a.const_data_ptr(), .a_row_stride = row_stride, .a_depth_stride = depth_stride,
       .b = b.data(), .bias = nullptr, .output = output.mutable_data_ptr(), .output_stride = b.columns,
   };

@@ -8,8 +8,27 @@
 #include <string>
 #include <vector>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace fastformer {
 namespace {
+
+// Has this machine 8-bit products of tiles, and does the system let this process use their registers?
+bool has_amx() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned kTiles = 1u << 24, kInt8 = 1u << 25;  // CPUID leaf 7, edx
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  unsigned eax, ebx, ecx, edx;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & (kTiles | kInt8)) != (kTiles | kInt8)) return false;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 // What this machine runs, best last. __builtin_cpu_supports asks CPUID and, for the wide registers, XCR0.
 std::vector<const Kernels*> supported() {
@@ -20,6 +39,10 @@ std::vector<const Kernels*> supported() {
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     levels.push_back(&avx512::kernels);
+  if (levels.back() == &avx512::kernels && __builtin_cpu_supports("avx512vnni")) {
+    levels.push_back(&avx512::kernels_vnni);
+    if (has_amx()) levels.push_back(&avx512::kernels_amx);
+  }
 #endif
   return levels;
 }

@@ -22,8 +22,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const PackedWeight& weig
   const bool save = save_pre_activation && activation != Activation::none;
   Tensor pre_activation = empty(save ? with_last(input, weight.columns) : std::vector<int64_t>{0}, input.scalar_type());
   gemm({
-      .dtype = dtype, .rows = x.count, .columns = weight.columns, .depth = weight.depth(),
-      .a = x.data, .a_row_stride = x.stride, .a_depth_stride = 1, .b = weight.data(), .bias = data(b),
+      .dtype = dtype, .rows = x.count, .columns = weight.columns, .depth = weight.depth,
+      .a = x.data, .a_row_stride = x.stride, .a_depth_stride = 1, .b = weight.data(),
+      .b_is_quantized = weight.quantized(), .bias = data(b),
       .activation = activation, .dropout = dropout,
       .residual = r ? r->data : nullptr, .residual_stride = r ? r->stride : 0,
       .pre_activation = save ? pre_activation.mutable_data_ptr() : nullptr,
@@ -61,16 +62,57 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor grad_output, Tensor in
 
 Tensor pack_weight(Tensor weight) { return pack(weight).panels; }
 
+Tensor quantize_weight(Tensor weight) {
+  const int64_t columns = weight.size(0), depth = weight.size(1);
+  STD_TORCH_CHECK(weight.scalar_type() != ScalarType::Double && depth <= kQuantizedMaxDepth,
+                  "weight: expected float32, bfloat16 or float16 with at most ", kQuantizedMaxDepth, " in_features");
+  const int64_t panels = (columns + kQuantizedColumns - 1) / kQuantizedColumns;
+  Tensor packed = empty({panels, quantized_panel_bytes(depth)}, ScalarType::Char);
+  const PackArgs args = {
+      .dtype = dtype_of(weight), .columns = columns, .depth = depth, .b = weight.const_data_ptr(),
+      .b_column_stride = weight.stride(0), .b_depth_stride = weight.stride(1), .packed = packed.mutable_data_ptr(),
+  };
+  parallel_tasks(panels, [&](int64_t p) { kernels().pack_quantized(args, p, p + 1); });
+  return packed;
+}
+
+constexpr int64_t kSamples = 16;  // of each weight
+
 // The element in the compute type.
 float widened(const Tensor& tensor, int64_t offset) {
+  if (tensor.scalar_type() == ScalarType::Float) return static_cast<const float*>(tensor.const_data_ptr())[offset];
   return tensor.scalar_type() == ScalarType::BFloat16
              ? float(static_cast<const torch::headeronly::BFloat16*>(tensor.const_data_ptr())[offset])
              : float(static_cast<const torch::headeronly::Half*>(tensor.const_data_ptr())[offset]);
 }
 
+// As is_packed, against the samples that were kept at quantization.
+bool is_quantized(const std::vector<Tensor>& weights, const Tensor& packed) {
+  const int64_t depth = weights.empty() ? 0 : weights[0].size(1);
+  if (packed.size(1) != quantized_panel_bytes(depth)) return false;
+  const int64_t samples = packed.size(1) - kQuantizedColumns * int64_t(sizeof(float));  // offset in a panel
+  const char* kept = static_cast<const char*>(packed.const_data_ptr());
+  int64_t first = 0;
+  for (const Tensor& weight : weights) {
+    const int64_t rows = weight.size(0);
+    if (weight.size(1) != depth || weight.scalar_type() == ScalarType::Double ||
+        first + rows > packed.size(0) * kQuantizedColumns)
+      return false;
+    for (int64_t s = 0; s < kSamples && rows > 0 && depth > 0; ++s) {
+      const int64_t row = rows * s / kSamples, column = first + row;
+      const float value = widened(weight, row * weight.stride(0) + sampled_depth(column, depth) * weight.stride(1));
+      const char* panel = kept + column / kQuantizedColumns * packed.size(1);
+      const char* copy = panel + samples + column % kQuantizedColumns * int64_t(sizeof(float));
+      if (std::memcmp(&value, copy, sizeof(float))) return false;
+    }
+    first += rows;
+  }
+  return true;
+}
+
 // Samples of the weights, which are one after the other the columns of `packed`, against the packed values, bit by bit.
 bool is_packed(std::vector<Tensor> weights, Tensor packed) {
-  constexpr int64_t kSamples = 16;  // of each weight
+  if (packed.scalar_type() == ScalarType::Char) return is_quantized(weights, packed);
   const int64_t depth = packed.size(1), width = packed.size(2);
   const char* kept = static_cast<const char*>(packed.const_data_ptr());
   int64_t first = 0;  // column of the weight's first row
@@ -102,6 +144,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastformer_cpu, CPU, m) {
   m.impl("linear_backward", TORCH_BOX(&linear_backward));
   m.impl("packed_linear", TORCH_BOX(&packed_linear));
   m.impl("pack_weight", TORCH_BOX(&pack_weight));
+  m.impl("quantize_weight", TORCH_BOX(&quantize_weight));
   m.impl("is_packed", TORCH_BOX(&is_packed));
 }
 

@@ -29,6 +29,7 @@ from fastformer.accelerate import Report
 from fastformer.cli import machine
 from fastformer.cli.errors import UserError
 from fastformer.cli.measure import (
+    LEAST_COSINE,
     Accuracy,
     FirstCall,
     Forward,
@@ -49,6 +50,8 @@ tokens/s real tokens, without padding
 memory   most that one forward adds to the process while it runs, once warm
 kept     what the first forward leaves in the process, such as packed weights
 first    time of that first forward, packing included"""
+QUANTIZED_LEGEND = f"""
+cosine   least of the fused outputs with float64, row by row; what is judged: ok from {LEAST_COSINE} on"""
 
 NOISY = 0.25  # spread from which the medians mean little
 
@@ -105,20 +108,24 @@ def compare(
             metavar="NAME", envvar="FASTFORMER_BACKEND", help="Backend of the fused model (default: the best)."
         ),
     ] = None,
+    quantize: Annotated[str | None, typer.Option(metavar="int8", help="Fused inference in 8 bits (CPUs).")] = None,
     seconds: Annotated[float, typer.Option(min=0, help="Time for the timing of each row.")] = 8.0,
 ) -> None:
     """Run models in eager PyTorch and on fused kernels, side by side; exit with 1 if their outputs do not agree."""
     check_backend(backend)
+    if quantize not in (None, "int8"):
+        raise UserError(f"--quantize: got {quantize!r}, expected int8")
     check_writable(json_file)
     if threads is not None:
         torch.set_num_threads(threads)
     workloads = [text_workload(model, text)] if model or text else default_workloads()
-    settings = {"threads": torch.get_num_threads(), "dtype": dtype.value, "backend": backend, "seconds": seconds}
+    settings = {"threads": torch.get_num_threads(), "dtype": dtype.value, "backend": backend, "quantize": quantize}
+    settings["seconds"] = seconds
 
     rows: list[Row] = []
     with progress() as announce, fastformer.backend(backend) if backend else contextlib.nullcontext():
         for workload in workloads:
-            rows += measure(workload, getattr(torch, dtype.value), seconds, announce)
+            rows += measure(workload, getattr(torch, dtype.value), quantize, seconds, announce)
 
     if json_file is not None:
         json_file.write_text(json.dumps(as_json(rows, settings), indent=1) + "\n", encoding="utf-8")
@@ -132,8 +139,10 @@ def check_backend(name: str | None) -> None:
         return
     if name not in backends.BACKENDS:
         raise UserError(f"--backend: got {name!r}, expected one of {', '.join(backends.BACKENDS)}")
-    if reason := backends.why_unavailable(name):
+    if reason := machine.why_not_here(name):
         raise UserError(f"--backend {name}: {reason}")
+    if all(one.device == "cuda" for one in backends.implementations() if one.backend == name):
+        raise UserError(f"--backend {name}: it takes tensors on GPUs, and compare runs on the CPU")
 
 
 def check_writable(path: Path | None) -> None:
@@ -145,11 +154,13 @@ def check_writable(path: Path | None) -> None:
         raise UserError(f"--json {path}: cannot write there")
 
 
-def measure(workload: Workload, dtype: torch.dtype, seconds: float, announce: Announce) -> Iterator[Row]:
+def measure(
+    workload: Workload, dtype: torch.dtype, quantize: str | None, seconds: float, announce: Announce
+) -> Iterator[Row]:
     """One row for each of the workload's inputs."""
     announce(f"{workload.name}: loading")
     model = workload.load().to(dtype)
-    accelerated(model, workload.name)  # an architecture that is not supported is told before anything runs
+    accelerated(model, quantize, workload.name)  # an architecture that is not supported is told before anything runs
     all_inputs = workload.inputs(model)
 
     announce(f"{workload.name}: reference in float64")
@@ -160,19 +171,19 @@ def measure(workload: Workload, dtype: torch.dtype, seconds: float, announce: An
 
     for inputs, ref64 in zip(all_inputs, references, strict=True):
         announce(f"{workload.name}: {inputs.name}")
-        fused = accelerated(model, workload.name)  # a new copy, so that its first call is a cold one
+        fused = accelerated(model, quantize, workload.name)  # a new copy, so that its first call is a cold one
         forwards = {"eager": partial(inputs.forward, model), "fused": partial(inputs.forward, fused)}
         with torch.inference_mode():
-            judged, contenders = measure_forwards(forwards, ref64, seconds)
+            judged, contenders = measure_forwards(forwards, ref64, quantize is not None, seconds)
         yield Row(workload.name, inputs.name, inputs.tokens, judged, contenders, fastformer.report(fused))
 
 
-def accelerated(model: nn.Module, name: str) -> nn.Module:
+def accelerated(model: nn.Module, quantize: str | None, name: str) -> nn.Module:
     """An accelerated copy of the model."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that nothing was swapped: said below
-            fused = fastformer.accelerate(copy.deepcopy(model))
+            fused = fastformer.accelerate(copy.deepcopy(model), quantize=quantize)
     except (NotImplementedError, ValueError) as error:
         raise UserError(f"{name}: {error}") from None
     report = fastformer.report(fused)
@@ -183,12 +194,12 @@ def accelerated(model: nn.Module, name: str) -> nn.Module:
 
 
 def measure_forwards(
-    forwards: dict[str, Forward], ref64: torch.Tensor, seconds: float
+    forwards: dict[str, Forward], ref64: torch.Tensor, quantized: bool, seconds: float
 ) -> tuple[Accuracy, dict[str, Contender]]:
     gc.collect()  # no measurement pays for what an earlier row left
     first = {name: first_call(forward) for name, forward in forwards.items()}
     outputs = {name: forward() for name, forward in forwards.items()}
-    judged = accuracy(outputs["fused"], outputs["eager"], ref64)
+    judged = accuracy(outputs["fused"], outputs["eager"], ref64, quantized)
     memory = {name: peak_memory(forward) for name, forward in forwards.items()}
     timings = time_interleaved(forwards, seconds)
     errors = {"eager": judged.eager, "fused": judged.fused}
@@ -205,7 +216,7 @@ def show(rows: list[Row], settings: dict[str, Any]) -> None:
         console.width = max(console.width, 120)
     console.print(heading(settings), markup=False, soft_wrap=True)
     console.print(table(rows))
-    console.print(LEGEND, style="dim")
+    console.print(LEGEND + (QUANTIZED_LEGEND if settings["quantize"] else ""), style="dim")
     console.print()
     for workload, report in {row.workload: row.report for row in rows if row.report.left}.items():
         console.print(f"not all of {workload} is fused:\n{report}\n", style="yellow", markup=False, soft_wrap=True)
@@ -225,6 +236,7 @@ def heading(settings: dict[str, Any]) -> str:
         f"fastformer {versions['fastformer']}, torch {versions['torch']}, transformers {versions['transformers']}\n"
         f"{cpu['name']}, {settings['threads']} thread{'s' * (settings['threads'] > 1)}, {settings['dtype']}, "
         f"backend {settings['backend'] or 'as chosen for each call'}, {kernels}"
+        + (f", fused in {settings['quantize']}" if settings["quantize"] else "")
     )
 
 
@@ -241,7 +253,7 @@ def table(rows: list[Row]) -> Table:
                 escape(label),
                 name,
                 f"{contender.error:.1e}",
-                ("yes" if row.accuracy.agree else "[bold red]NO[/]") if fused else "",
+                judgement(row.accuracy) if fused else "",
                 duration(contender.timing.median),
                 f"{contender.timing.spread:.1%}",
                 f"{row.tokens_per_s(name):,.0f}",
@@ -252,6 +264,12 @@ def table(rows: list[Row]) -> Table:
                 end_section=fused,
             )
     return table
+
+
+def judgement(accuracy: Accuracy) -> str:
+    if accuracy.cosine is None:
+        return "yes" if accuracy.agree else "[bold red]NO[/]"
+    return f"cosine {accuracy.cosine:.4f}" if accuracy.agree else f"[bold red]NO: cosine {accuracy.cosine:.4f}[/]"
 
 
 def duration(seconds: float) -> str:
@@ -274,6 +292,7 @@ def as_json(rows: list[Row], settings: dict[str, Any]) -> dict[str, Any]:
                 "tokens": row.tokens,
                 "agree": row.accuracy.agree,
                 "allowed_error": finite(row.accuracy.allowed),
+                "cosine": row.accuracy.cosine,
                 "ratio": row.ratio,
                 "report": str(row.report),
                 "contenders": {

@@ -10,10 +10,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
 Forward = Callable[[], torch.Tensor]
+
+
+LEAST_COSINE = 0.995  # of a quantized model's outputs with those of the exact one
 
 
 @dataclass(frozen=True)
@@ -23,16 +27,27 @@ class Accuracy:
     eager: float
     fused: float
     allowed: float  # twice the eager error, plus one unit in the last place of the largest reference value
+    cosine: float | None = None  # where fused is quantized, which no such bound holds for: the least with the reference
 
     @property
     def agree(self) -> bool:
+        if self.cosine is not None:
+            return self.cosine >= LEAST_COSINE
         return self.fused <= self.allowed  # False for NaN
 
 
-def accuracy(fused: torch.Tensor, eager: torch.Tensor, ref64: torch.Tensor) -> Accuracy:
-    """Judge `fused` by the error that `eager`, of the same dtype, has against `ref64`."""
+def accuracy(fused: torch.Tensor, eager: torch.Tensor, ref64: torch.Tensor, quantized: bool = False) -> Accuracy:
+    """Judge `fused` by the error that `eager`, of the same dtype, has against `ref64`; `quantized`, by their cosine."""
     eager_error = max_error(eager, ref64)
-    return Accuracy(eager_error, max_error(fused, ref64), 2 * eager_error + ulp(ref64, eager.dtype))
+    cosine = least_cosine(fused, ref64) if quantized else None
+    return Accuracy(eager_error, max_error(fused, ref64), 2 * eager_error + ulp(ref64, eager.dtype), cosine)
+
+
+def least_cosine(out: torch.Tensor, ref64: torch.Tensor) -> float:
+    """Of the vectors in the last dimension; NaN where either is NaN."""
+    if out.shape != ref64.shape:
+        return -math.inf
+    return torch.nn.functional.cosine_similarity(out.double(), ref64, dim=-1).min().item() if out.numel() else 1.0
 
 
 def max_error(out: torch.Tensor, ref64: torch.Tensor) -> float:
@@ -63,7 +78,9 @@ class Timing:
         return (high - low) / self.median
 
 
-def time_interleaved(contenders: Mapping[str, Forward], seconds: float, repeats: int = 5) -> dict[str, Timing]:
+def time_interleaved(
+    contenders: Mapping[str, Callable[[], Any]], seconds: float, repeats: int = 5
+) -> dict[str, Timing]:
     """Run the contenders in turn (A B A B ...) for `seconds`, and at least `repeats` times each.
 
     What disturbs the machine meanwhile (clock, neighbours, heat) then meets all of them alike.
@@ -84,6 +101,34 @@ def time_interleaved(contenders: Mapping[str, Forward], seconds: float, repeats:
             rounds += 1
     finally:
         gc.enable()
+    return {name: Timing(taken) for name, taken in samples.items()}
+
+
+def time_on(
+    device: torch.device, contenders: Mapping[str, Callable[[], Any]], seconds: float, repeats: int = 5
+) -> dict[str, Timing]:
+    """`time_interleaved` on any device. On a GPU by its own clock, and with nothing in its cache: what empties that
+    before each run also keeps the GPU busy while the CPU launches the run."""
+    if device.type == "cpu":
+        return time_interleaved(contenders, seconds, repeats)
+    cache = torch.empty(256 * 2**20, dtype=torch.int8, device=device)  # larger than any L2
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    for run in contenders.values():
+        for _ in range(3):  # compiles, and lets memory be allocated
+            run()
+    torch.cuda.synchronize(device)
+    rounds, end = 0, time.perf_counter() + seconds
+    while rounds < repeats or time.perf_counter() < end:
+        events = {name: [torch.cuda.Event(enable_timing=True) for _ in range(2)] for name in contenders}
+        for name, run in contenders.items():
+            cache.zero_()
+            events[name][0].record()
+            run()
+            events[name][1].record()
+        torch.cuda.synchronize(device)
+        for name, (start, stop) in events.items():
+            samples[name].append(start.elapsed_time(stop) / 1e3)
+        rounds += 1
     return {name: Timing(taken) for name, taken in samples.items()}
 
 

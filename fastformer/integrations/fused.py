@@ -47,6 +47,9 @@ def _devices(backend: str | None) -> set[str]:
 _DEVICES = {backend: _devices(backend) for backend in (None, *backends.BACKENDS)}
 
 
+OPTIONS = ("_fastformer_quantize", "_fastformer_unpad")  # of accelerate: what a swapped module has beside its class
+
+
 class Path(enum.Enum):
     STOCK = "the stock forward"
     OPS = "the differentiable ops"
@@ -58,7 +61,8 @@ class Fused:
     `inner`: the modules inside that it does not call, by their path, and the classes that each may have."""
 
     stock: ClassVar[type[nn.Module]]
-    unpads: ClassVar[bool] = False  # is its gain that padding is left out?
+    _fastformer_quantize: str | None = None  # how weights are packed: see packing.Packed
+    _fastformer_unpad: bool = True  # may an encoder leave padding out?
     inner: ClassVar[dict[str, Collection[type[nn.Module]]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any):
@@ -92,11 +96,12 @@ class Fused:
 
     def _infers(self, x: Tensor, backend: str | None) -> bool:
         """Is this call one for packed weights, as far as can be told without the parameters?"""
-        return (
+        return bool(
             type(x) is Tensor
             and x.is_cpu
             and backend in (None, "cpu")
-            and not (x.dtype == torch.bfloat16 and library.multiplies_bfloat16())  # then torch is faster
+            # Where the machine multiplies bfloat16, torch is faster.
+            and (self._fastformer_quantize or x.dtype != torch.bfloat16 or not library.multiplies_bfloat16())
             and not self.training
             and not torch.is_autocast_enabled("cpu")
             and not torch.jit.is_tracing()
@@ -121,6 +126,8 @@ class Fused:
         parameters = [p for owner in owners for p in owner._parameters.values() if p is not None]
         needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, *parameters))
         if unpacked or needs_grad or not self._infers(x, backend) or any(o.training for o in owners):
+            if self._fastformer_quantize and not self.training:
+                backends._warn_once(_NOT_QUANTIZED)
             return Path.OPS, None
         packed = packing.kept(self)
         if packed is None or not packed.hold():
@@ -132,10 +139,14 @@ class Fused:
         """None where the CPU's raw ops can't take the parameters, for they check nothing themselves."""
         if any(not p.is_cpu or p.dtype not in _FLOATS for p in parameters) or not all(map(_sizes_fit, owners[1:])):
             return None
-        groups = self.groups()
+        groups, quantize = self.groups(), self._fastformer_quantize
         if groups is None or len({matrix.dtype for group in groups for matrix in group}) > 1:
             return None
-        return packing.keep(self, packing.Packed(self, children, groups))
+        if quantize and any(map(_quantization_obstacle, parameters)):
+            return None
+        if quantize and any(matrix.shape[1] > _MAX_QUANTIZED_FEATURES for group in groups for matrix in group):
+            return None
+        return packing.keep(self, packing.Packed(self, children, groups, quantize))
 
     def train(self, mode: bool = True):
         if mode:
@@ -157,7 +168,23 @@ class Fused:
 
     def __reduce_ex__(self, protocol: int):
         """A pickle holds the stock class: it can be read where fastformer is not installed."""
-        return copyreg._reconstructor, (self.stock, object, None), packing.without_packed(self.__dict__)
+        state = packing.without_packed(self.__dict__)
+        for option in OPTIONS:
+            state.pop(option, None)
+        return copyreg._reconstructor, (self.stock, object, None), state
+
+
+_NOT_QUANTIZED = (
+    "fastformer: quantize='int8' is for inference on CPUs without gradients (torch.no_grad or torch.inference_mode) and"
+    " without autocast: this call computes with the weights as they are"
+)
+_MAX_QUANTIZED_FEATURES = 65536  # the sums of more products of 8 bits may not fit into 32
+
+
+def _quantization_obstacle(parameter: Tensor) -> str | None:
+    if parameter.dtype == torch.float64:
+        return "int8 takes float32, bfloat16 and float16 weights, got float64"
+    return None if parameter.is_cpu else f"int8 is for CPUs, got a weight on {parameter.device}"
 
 
 def survey(module: nn.Module, fused: type[Fused] | None = None) -> tuple[list[str], list[tuple[dict, str]]]:
@@ -187,16 +214,21 @@ def survey(module: nn.Module, fused: type[Fused] | None = None) -> tuple[list[st
     return obstacles, children
 
 
+def multiplies(cls: type[Fused]) -> bool:
+    """Has it matrices of its own, or of the modules inside?"""
+    return cls.stock in LINEARS or any(classes is LINEARS for _, classes in cls._inner)
+
+
 def _parameter_obstacle(module: nn.Module) -> str | None:
     for name, parameter in module._parameters.items():
-        if parameter is not None and parameter.__class__ is not nn.Parameter:
+        if parameter is not None and parameter.__class__ is not nn.Parameter and not backends._is_traced(parameter):
             cls = type(parameter).__name__
             unless = " (unless FSDP2 gathers it for the call)" if cls == "DTensor" else ""
             return f"has a {cls} as its {name}{unless}"
     return None
 
 
-def dtype_obstacles(module: nn.Module, fused: type[Fused]) -> list[str]:
+def dtype_obstacles(module: nn.Module, fused: type[Fused], quantize: str | None) -> list[str]:
     """Dtypes and devices that no fused backend takes. They can change: the ops look at them at each call."""
     owners = [module, *(modules[name] for modules, name in survey(module, fused)[1])]
     obstacles = []
@@ -205,6 +237,8 @@ def dtype_obstacles(module: nn.Module, fused: type[Fused]) -> list[str]:
             obstacles.append(f"no fused backend takes {parameter.dtype}")
         if parameter.device.type not in _DEVICES[None]:
             obstacles.append(f"no fused backend runs on {parameter.device.type}")
+        elif quantize and (obstacle := _quantization_obstacle(parameter)):
+            obstacles.append(obstacle)
     return list(dict.fromkeys(obstacles))
 
 
@@ -213,7 +247,8 @@ def _refuse(module: Fused, backend: str | None, strict: bool, obstacles: list[st
     missing = device not in _DEVICES[backend]
     if missing:
         why = backend and backends.why_unavailable(backend)
-        obstacles = [*obstacles, why or f"no fused backend runs on {device}"]
+        where = f"{backend} does not run on {device}" if backend else f"no fused backend runs on {device}"
+        obstacles = [*obstacles, why or where]
     text = f"{type(module).__name__} runs its stock forward: {'; '.join(obstacles)}"
     if strict:
         raise NotImplementedError(f"backend {backend!r} was asked for, but {text}")
@@ -251,11 +286,13 @@ def dropout_p(module: nn.Dropout) -> float:
     return module.p if module.training else 0.0
 
 
-# What integrations know. Classes that are swapped wherever they are; classes such as nn.LayerNorm, which are swapped
-# only under a name inside of one class; and classes that are not swapped, with the reason.
+# What integrations know. Classes that are swapped wherever they are, but for the layer-norms that another one takes
+# along; classes such as nn.Linear, which are swapped only under a name inside of one class; classes that are not
+# swapped, with the reason; and subclasses of swapped classes that run on fused ops themselves.
 SWAPS: dict[type[nn.Module], type[Fused]] = {}
 CHILDREN: dict[tuple[type[nn.Module], str], type[Fused]] = {}
 UNSUPPORTED: dict[type[nn.Module], str] = {}
+FUSED_ALREADY: set[type[nn.Module]] = set()
 
 
 def fuse(stock: type[nn.Module], mixin: type[Fused]) -> type[Fused]:

@@ -4,7 +4,16 @@ from fastformer.ops.add_layer_norm import add_layer_norm
 from fastformer.ops.feed_forward import feed_forward
 from fastformer.ops.layer_norm import layer_norm
 from fastformer.ops.linear import linear
+from fastformer.ops.linear_cross_entropy import linear_cross_entropy
 from fastformer.ops.scaled_dot_product_attention import scaled_dot_product_attention
 from fastformer.ops.varlen_attn import varlen_attn
 
-__all__ = ["add_layer_norm", "feed_forward", "layer_norm", "linear", "scaled_dot_product_attention", "varlen_attn"]
+__all__ = [
+    "add_layer_norm",
+    "feed_forward",
+    "layer_norm",
+    "linear",
+    "linear_cross_entropy",
+    "scaled_dot_product_attention",
+    "varlen_attn",
+]

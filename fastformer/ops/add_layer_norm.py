@@ -63,7 +63,8 @@ def add_layer_norm(
     check_floating(one_dtype=False, input=input, residual=residual)
     check_shape("residual", residual, input.shape, "input's")
     check_probability(dropout_p=dropout_p)
-    backend = backends.choose("add_layer_norm", input, residual, weight, bias)
+    operands = input, residual, weight, bias
+    backend = backends.choose("add_layer_norm", *operands, size=math.prod(shape), options=(dropout_p > 0,))
     if backend == "torch":
         return reference.add_layer_norm(input, residual, shape, weight, bias, eps, dropout_p=dropout_p)
     x, r, w, b = as_rows(shape, input, residual, weight, bias)

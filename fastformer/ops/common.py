@@ -8,14 +8,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastformer import backends, library
+from fastformer import backends, cuda_library, library
 from fastformer.reference import ACTIVATIONS, draw_seed
 
 _differentiable = torch.library.Library("fastformer", "DEF")
 _cpu = torch.library.Library("fastformer_cpu", "FRAGMENT")
+_cuda = torch.library.Library("fastformer_cuda", "FRAGMENT")
 _triton = torch.library.Library("fastformer_triton", "DEF")
 
-_RAW = {"cpu": torch.ops.fastformer_cpu, "triton": torch.ops.fastformer_triton}
+_RAW = {
+    "cpu": torch.ops.fastformer_cpu,
+    "triton": torch.ops.fastformer_triton,
+    "cuda": torch.ops.fastformer_cuda,
+}
 
 
 def raw(backend: str):
@@ -57,6 +62,8 @@ def register(
     for raw_name, raw_schema, raw_fake in ((name, schema, fake), (f"{name}_backward", backward_schema, fake_backward)):
         if library.available():
             torch.library.register_fake(f"fastformer_cpu::{raw_name}", raw_fake, lib=_cpu)
+        if cuda_library.available() and hasattr(torch.ops.fastformer_cuda, raw_name):
+            torch.library.register_fake(f"fastformer_cuda::{raw_name}", raw_fake, lib=_cuda)
         _triton.define(raw_name + raw_schema)
         _triton.impl(raw_name, _launcher(name, raw_name), backends.TRITON_DEVICE.upper())
         torch.library.register_fake(f"fastformer_triton::{raw_name}", raw_fake, lib=_triton)

@@ -77,7 +77,8 @@ def feed_forward(
     residual = broadcast_residual(residual, input.shape[:-1] + weight2.shape[:1])
     faster = torch_is_faster(input, hidden_dropout_p, dropout_p)
     operands = input, weight1, bias1, weight2, bias2, residual
-    backend = backends.choose("feed_forward", *operands, torch_is_faster=faster)
+    options = activation, hidden_dropout_p > 0 or dropout_p > 0
+    backend = backends.choose("feed_forward", *operands, torch_is_faster=faster, options=options)
     if backend == "torch":
         return reference.feed_forward(
             input, weight1, bias1, weight2, bias2, activation=activation, hidden_dropout_p=hidden_dropout_p,

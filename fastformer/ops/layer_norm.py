@@ -42,7 +42,7 @@ def layer_norm(
         ValueError: normalized_shape is not the end of input's shape, or weight or bias have another shape.
     """
     shape = check_normalized(input, normalized_shape, weight, bias)
-    backend = backends.choose("layer_norm", input, weight, bias)
+    backend = backends.choose("layer_norm", input, weight, bias, size=math.prod(shape))
     if backend == "torch":
         return reference.layer_norm(input, shape, weight, bias, eps)
     rows, w, b = as_rows(shape, input, weight, bias)

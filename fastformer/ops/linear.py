@@ -67,7 +67,8 @@ def linear(
     check_probability(dropout_p=dropout_p)
     residual = broadcast_residual(residual, input.shape[:-1] + weight.shape[:1])
     operands = input, weight, bias, residual
-    backend = backends.choose("linear", *operands, torch_is_faster=torch_is_faster(input, dropout_p))
+    faster, options = torch_is_faster(input, dropout_p), (activation, dropout_p > 0)
+    backend = backends.choose("linear", *operands, torch_is_faster=faster, options=options)
     if backend == "torch":
         return reference.linear(input, weight, bias, activation=activation, dropout_p=dropout_p, residual=residual)
     seed = seed_for(dropout_p, input)

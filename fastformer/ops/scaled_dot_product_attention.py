@@ -92,10 +92,13 @@ def scaled_dot_product_attention(
     float_mask = attn_mask if attn_mask is not None and attn_mask.dtype != torch.bool else None
     # torch multiplies bfloat16 where the machine has instructions for it; the kernels compute in float32.
     faster = query.dtype == torch.bfloat16 and dropout_p == 0 and library.multiplies_bfloat16()
-    operands = query, key, value
+    faster = faster and query.is_cpu
+    options = is_causal or tuple(window_size) != (-1, -1), attn_mask is not None, dropout_p > 0
+    operands, head_size = (query, key, value), max(query.shape[-1], value.shape[-1])
     backend = backends.choose(
-        "scaled_dot_product_attention", *operands, mask=float_mask, torch_is_faster=faster and query.is_cpu
-    )
+        "scaled_dot_product_attention", *operands, mask=float_mask, size=head_size, torch_is_faster=faster,
+        options=options,
+    )  # fmt: skip
     if backend == "torch":
         return _torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window_size)
     q, k, v = (_four_dims(x) for x in (query, key, value))

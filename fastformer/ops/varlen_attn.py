@@ -83,7 +83,8 @@ def varlen_attn(
             raise ValueError(f"{name}: expected on {query.device} as query is, got {bounds.device}")
         if bounds.dim() != 1 or bounds.numel() == 0 or bounds.shape != cu_seq_q.shape:
             raise ValueError(f"{name}: expected (batch + 1,) as cu_seq_q, got {tuple(bounds.shape)}")
-    backend = backends.choose("varlen_attn", query, key, value)
+    head_size, options = max(query.shape[-1], value.shape[-1]), (tuple(window_size) != (-1, -1), dropout_p > 0)
+    backend = backends.choose("varlen_attn", query, key, value, size=head_size, options=options)
     if backend == "torch":
         return reference.varlen_attn(
             query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size,

@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 
 import fastformer
-from fastformer import backends
+from fastformer import library
 from fastformer.cli import compare, workloads
 
 QUICK = ("--seconds", 0)
@@ -44,7 +44,8 @@ def test_json(fastformer_cli: Callable, bert_folder: Path, text_file: Path, tmp_
     found = json.loads(target.read_text())
     assert found["agree"] is True
     backend = os.environ.get("FASTFORMER_BACKEND")
-    assert found["settings"] == {"threads": 1, "dtype": dtype, "backend": backend, "seconds": 0.0}
+    expected = {"threads": 1, "dtype": dtype, "backend": backend, "quantize": None, "seconds": 0.0}
+    assert found["settings"] == expected
     assert found["environment"]["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert found["environment"]["versions"]["fastformer"] == fastformer.__version__
     assert found["environment"]["cpu"]["name"]
@@ -62,7 +63,22 @@ def test_json(fastformer_cli: Callable, bert_folder: Path, text_file: Path, tmp_
             assert one["first_call_s"] > 0
 
 
-@pytest.mark.parametrize("backend", [name for name in backends.BACKENDS if not backends.why_unavailable(name)])
+def test_quantized(fastformer_cli: Callable, bert_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    target = tmp_path / "result.json"
+    options = ("--quantize", "int8", "--json", target, *QUICK)
+    result = fastformer_cli("compare", "--model", bert_folder, "--text", text_file, *options)
+    assert result.exit_code == 0, result.output
+    rows = json.loads(target.read_text())["rows"]
+    assert all(0.995 <= row["cosine"] < 1 and "fused, int8" in row["report"] for row in rows)
+    assert f"cosine {rows[0]['cosine']:.4f}" in result.stdout and "fused in int8" in result.stdout
+
+
+def test_unknown_quantization(fastformer_cli: Callable) -> None:
+    result = fastformer_cli("compare", "--quantize", "int4")
+    assert result.exit_code == 2 and "--quantize: got 'int4', expected int8" in result.stderr
+
+
+@pytest.mark.parametrize("backend", ["torch", *(["cpu"] if library.available() else [])])
 def test_backend(fastformer_cli: Callable, bert_folder: Path, text_file: Path, backend: str) -> None:
     options = ("--backend", backend, *QUICK)
     result = fastformer_cli("compare", "--model", bert_folder, "--text", text_file, *options)
@@ -71,11 +87,11 @@ def test_backend(fastformer_cli: Callable, bert_folder: Path, text_file: Path, b
 
 
 def scale_weights(factor: float) -> Callable[[nn.Module], nn.Module]:
-    def accelerate(model: nn.Module) -> nn.Module:
+    def accelerate(model: nn.Module, **options: Any) -> nn.Module:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(factor)
-        return fastformer_accelerate(model)
+        return fastformer_accelerate(model, **options)
 
     fastformer_accelerate = fastformer.accelerate
     return accelerate

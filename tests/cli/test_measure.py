@@ -76,3 +76,13 @@ def test_memory_is_what_the_call_touches() -> None:
     assert peak_memory(lambda: torch.ones(1)) < 5 * MB
     assert first_call(pass_through).kept < 10 * MB
     assert first_call(keep).kept == pytest.approx(100 * MB, rel=0.1)
+
+
+def test_quantized_outputs_are_judged_by_their_direction() -> None:
+    ref64 = torch.tensor([[1.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
+    eager = ref64.float()
+    for angle, agrees in ((0.09, True), (0.11, False)):  # the cosine of 0.1 is 0.995
+        turned = torch.tensor([[1.0, 0.0], [-2 * math.sin(angle), 2 * math.cos(angle)]])
+        judged = accuracy(turned, eager, ref64, quantized=True)
+        assert judged.cosine == pytest.approx(math.cos(angle)) and judged.agree is agrees
+    assert not accuracy(eager * math.nan, eager, ref64, quantized=True).agree

@@ -1,12 +1,12 @@
-import os
+import contextlib
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from tensors import BACKEND, INTERPRETED
 
 import fastformer
-
-BACKEND = os.environ.get("FASTFORMER_BACKEND", "cpu")  # "triton" with TRITON_INTERPRET=1
+from fastformer import backends
 
 
 @pytest.fixture(autouse=True)
@@ -15,7 +15,24 @@ def kernels() -> Iterator[None]:
 
     Strict: nothing falls back to it unseen.
     """
-    with fastformer.backend(BACKEND, strict=True):
+    with on_its_device(), fastformer.backend(BACKEND, strict=True), unwritten_memory_is_nan():
+        yield
+
+
+def on_its_device() -> contextlib.AbstractContextManager:
+    """Tensors are made on the GPU where the kernels take those."""
+    devices = {one.device for one in backends.implementations() if one.backend == BACKEND}
+    return torch.device("cuda") if devices == {"cuda"} and torch.cuda.is_available() else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def unwritten_memory_is_nan() -> Iterator[None]:
+    if not INTERPRETED:
+        yield
+        return
+    from interpreted_memory import filled_with_nan
+
+    with filled_with_nan():
         yield
 
 

@@ -109,6 +109,7 @@ def test_dropout_accuracy(isa, dtype, hidden_p, p):
     assert_feed_forward_close(tensors(37, 20, 130, 40, dtype), hidden_dropout_p=hidden_p, dropout_p=p)
 
 
+@pytest.mark.cpu_only  # float64
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("hidden_p", "p"), [(0.0, 0.0), (0.4, 0.2)])
 def test_gradcheck(isa, activation, hidden_p, p):

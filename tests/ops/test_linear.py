@@ -126,6 +126,7 @@ def test_dropout_accuracy(isa, dtype, p):
     assert_linear_close(tensors(37, 40, 130, dtype), activation="gelu", dropout_p=p)
 
 
+@pytest.mark.cpu_only  # float64
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("p", [0.0, 0.4])
 def test_gradcheck(isa, activation, p):
@@ -150,6 +151,13 @@ def test_one_gradient_alone(wanted):
         x.requires_grad_()
     ops.linear(**given, activation="gelu").sum().backward()
     assert torch.equal(alone, given[wanted].grad)
+
+
+def test_relu_at_zero(isa):
+    """The slope is 0 there, as in torch."""
+    input = torch.zeros(3, 4, requires_grad=True)
+    ops.linear(input, torch.randn(5, 4), activation="relu").sum().backward()
+    assert not input.grad.any()
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -9,6 +9,7 @@ from torch import Tensor
 from fastformer import ops
 from fastformer.cli.measure import peak_memory
 
+pytestmark = pytest.mark.cpu_only
 SEQUENCE, SIZE = 4096, 32  # scores: 64 MiB in float32, 16 MiB as bool
 INPUT_BYTES = SEQUENCE * SIZE * 4
 

@@ -6,6 +6,7 @@ from tensors import DTYPES, randn
 
 from fastformer import library
 
+pytestmark = pytest.mark.cpu_only
 raw = torch.ops.fastformer_cpu
 ACTIVATIONS = (None, "gelu", "gelu_tanh", "relu", "silu")
 SIZES = [(1, 1, 1), (7, 17, 15), (6, 65, 64), (33, 128, 130), (130, 40, 200)]  # rows, in, out

@@ -187,6 +187,7 @@ class TestDropout:
     ],
     ids=str,
 )
+@pytest.mark.cpu_only  # float64
 @pytest.mark.parametrize("kv_heads", [2, 1])
 def test_gradcheck(options, kv_heads):
     given = tensors(2, 2, 3, 5, 4, 6, torch.float64, kv_heads=kv_heads)

@@ -2,10 +2,8 @@
 // row tile uses one kDepth x panel block of them from L1, the next one comes into L2. The rows of `a` (a slice of kSlice
 // depths of them) and the sums stay in L2.
 
-#include "lanes.h"
+#include "epilogue.h"
 #include "microkernel.h"
-#include "philox.h"
-#include "vecmath.h"
 
 namespace fastformer::FASTFORMER_ISA {
 
@@ -133,44 +131,6 @@ static void copy_rows(const GemmArgs& g, int64_t rows, const A* source, compute_
       copy[i * stride + k] = to_compute(source[i * g.a_row_stride + k * g.a_depth_stride]);
 }
 
-// One row of a panel: acc (compute type) to the output.
-template <class T, Activation ACTIVATION>
-static void epilogue_row(const GemmArgs& g, int64_t row, int64_t column, int width, const compute_t<T>* acc) {
-  using S = compute_t<T>;
-  const S* bias = g.bias ? (const S*)g.bias + column : nullptr;
-  const T* residual = g.residual ? (const T*)g.residual + row * g.residual_stride + column : nullptr;
-  T* pre = g.pre_activation ? (T*)g.pre_activation + row * g.columns + column : nullptr;
-  RowDropout dropout(g.dropout, uint64_t(row));
-  for_columns<S>(width, [&](int64_t c, int lanes) {
-    Vec<S> v = load(acc + c);
-    if (bias) v += load_lanes(bias + c, lanes);
-    if (g.gradient) {
-      if (g.dropout.threshold) v = dropout.apply<S>(v, column + c);
-      if (pre) v *= activation_gradient<S>(ACTIVATION, load_lanes(pre + c, lanes));
-    } else {
-      if (pre) store_lanes(pre + c, v, lanes);
-      v = activate<S>(ACTIVATION, v);
-      if (g.dropout.threshold) v = dropout.apply<S>(v, column + c);
-    }
-    if (residual) v += load_lanes(residual + c, lanes);
-    if (g.output_is_compute_type)
-      store_lanes((S*)g.output + row * g.output_stride + column + c, v, lanes);
-    else
-      store_lanes((T*)g.output + row * g.output_stride + column + c, v, lanes);
-  });
-}
-
-template <class T>
-static void epilogue(const GemmArgs& g, int64_t row, int64_t column, int width, const compute_t<T>* acc) {
-  switch (g.activation) {
-    case Activation::gelu: return epilogue_row<T, Activation::gelu>(g, row, column, width, acc);
-    case Activation::gelu_tanh: return epilogue_row<T, Activation::gelu_tanh>(g, row, column, width, acc);
-    case Activation::relu: return epilogue_row<T, Activation::relu>(g, row, column, width, acc);
-    case Activation::silu: return epilogue_row<T, Activation::silu>(g, row, column, width, acc);
-    case Activation::none: return epilogue_row<T, Activation::none>(g, row, column, width, acc);
-  }
-}
-
 template <class T, class A>  // A: the type of g.a
 static void product(const GemmArgs& g, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end,
                     void* scratch) {
@@ -199,15 +159,11 @@ static void product(const GemmArgs& g, int64_t row_begin, int64_t row_end, int64
           S* acc = sums + (p - p0) * rows * kW;
           const bool last = slice + 1 == slices;
           const int width = int(min<int64_t>(kW, g.columns - p * kW));
-          const int64_t size = g.output_is_compute_type ? sizeof(S) : sizeof(T);
           panel_product<S>(
               rows, g.depth * slice / slices, g.depth * (slice + 1) / slices, a, lda,
               (const S*)g.b + p * g.depth * kW, acc,
-              [&](int64_t begin, int64_t end) {  // the lines that the epilogue will write come while the tile computes
-                if (last)
-                  for (int64_t i = m0 + begin; i < m0 + end; ++i)
-                    for (int64_t byte = 0; byte < width * size; byte += 64)
-                      __builtin_prefetch((char*)g.output + (i * g.output_stride + p * kW) * size + byte, 1, 3);
+              [&](int64_t begin, int64_t end) {
+                if (last) prefetch_output<T>(g, m0 + begin, m0 + end, p * kW, width);
               },
               [&](int64_t begin, int64_t end) {
                 if (last)

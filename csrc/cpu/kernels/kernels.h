@@ -41,6 +41,26 @@ struct LayerNormBackwardArgs {
   void *grad_input, *grad_residual;  // contiguous; grad_residual is null for layer_norm
 };
 
+// Rows in 8 bits: x = scale * (value - zero), each row with a scale and zero of its own. quantized_depth(depth) values a
+// row, those past the depth arbitrary; memory for kQuantizedRowTile - 1 more rows is there.
+struct QuantizedRows {
+  uint8_t* values = nullptr;
+  float* scale;
+  int32_t* zero;
+};
+constexpr int kQuantizedRowTile = 32;
+constexpr int64_t quantized_depth(int64_t depth) { return (depth + 63) / 64 * 64; }
+
+// A panel of quantized weights: w = scale * value, each of the kQuantizedColumns columns with a scale of its own.
+//   int8  value[quantized_depth / 4][kQuantizedColumns][4]   four depths of a column side by side, zero padded
+//   float scale[kQuantizedColumns]
+//   int32 sum[kQuantizedColumns]                             of the column's values
+//   float sample[kQuantizedColumns]                          w at depth sampled_depth(column): see is_packed
+constexpr int64_t kQuantizedColumns = 64;
+constexpr int64_t kQuantizedMaxDepth = 65536;  // sums of products of 255 and 127 fit into 32 bits
+constexpr int64_t quantized_panel_bytes(int64_t depth) { return (quantized_depth(depth) + 12) * kQuantizedColumns; }
+constexpr int64_t sampled_depth(int64_t column, int64_t depth) { return depth * (7 * column % 16) / 16; }
+
 // output = dropout(activate(a b + bias)) + residual, and for gradients
 // output = dropout(a b) * activation_gradient(pre_activation).
 // Strides in elements. b is packed (see pack): panels of kernels().panel_columns(dtype) columns.
@@ -50,8 +70,10 @@ struct GemmArgs {
   const void* a;  // (rows, depth)
   int64_t a_row_stride, a_depth_stride;
   bool a_is_compute_type = false;  // float whatever dtype is: an intermediate result
-  const void* b;     // packed, compute type
-  const void* bias;  // compute type, or null
+  const void* b;  // packed, compute type; or quantized panels
+  bool b_is_quantized = false;
+  QuantizedRows quantized;   // a, where b is quantized
+  const void* bias;          // compute type, or null
   Activation activation = Activation::none;
   Dropout dropout;
   const void* residual = nullptr;
@@ -70,6 +92,16 @@ struct PackArgs {
   const void* b;
   int64_t b_column_stride, b_depth_stride;
   void* packed;
+};
+
+// a (rows, depth) -> QuantizedRows
+struct QuantizeArgs {
+  DType dtype;
+  int64_t depth;
+  const void* a;
+  int64_t a_row_stride;
+  bool a_is_compute_type = false;
+  QuantizedRows quantized;
 };
 
 // pre_activation -> activation, or (gradient) grad * dropout mask * activation gradient; contiguous (rows, columns).
@@ -93,6 +125,31 @@ struct ColumnSumsArgs {
   void* sums;
 };
 
+// output[i] = input[rows[i]], widened to the compute type; both of `columns` adjacent elements, output contiguous.
+struct GatherRowsArgs {
+  DType dtype;
+  int64_t columns;
+  const void* input;
+  int64_t stride;
+  const int64_t* rows;
+  void* output;
+};
+
+// Cross entropy over a slice of the classes: logits (rows, columns) of the compute type, everything else one per row.
+struct CrossEntropyArgs {
+  DType dtype;  // f32 or f64
+  int64_t rows, columns;
+  void* logits;
+  int64_t stride;
+  const void* class_weight;  // of these columns; null for ones
+  // Statistics, written: the largest logit, sum(exp(logit - largest)), and sum(class_weight (largest - logit)) or null.
+  void *largest, *sum_exp, *distance;
+  // The gradient, written over the logits: scale exp(logit - largest - log_sum) - uniform class_weight - (hot at the
+  // target); here largest and log_sum are of all classes. Their sum, rounded, would not do for logits far from zero.
+  const void *log_sum, *scale, *uniform, *hot;
+  const int64_t* target;  // counted from the slice's first column
+};
+
 }  // namespace fastformer
 
 #include "attention_args.h"
@@ -108,19 +165,29 @@ using PackKernel = void(const PackArgs&, int64_t panel_begin, int64_t panel_end)
 using GemmKernel = void(const GemmArgs&, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end,
                         void* scratch);
 using GemmScratchKernel = int64_t(const GemmArgs&);
+using QuantizeKernel = void(const QuantizeArgs&, int64_t row_begin, int64_t row_end);
 using ActivationKernel = void(const ActivationArgs&, int64_t row_begin, int64_t row_end);
 using ColumnSumsKernel = void(const ColumnSumsArgs&, int64_t column_begin, int64_t column_end);
+using GatherRowsKernel = void(const GatherRowsArgs&, int64_t begin, int64_t end);
+using CrossEntropyKernel = void(const CrossEntropyArgs&);
 
 struct Kernels {
-  const char* isa;
+  const char* isa;  // of what differs: the levels above avx512 have other 8-bit products
   int panel_bytes;  // one row of a panel: panel_bytes / sizeof(compute type) columns
   LayerNormKernel* layer_norm;
   LayerNormBackwardKernel* layer_norm_backward;
   PackKernel* pack;
   GemmKernel* gemm;
   GemmScratchKernel* gemm_scratch_bytes;
+  QuantizeKernel* quantize;
+  PackKernel* pack_quantized;  // panels of quantized_panel_bytes
+  GemmKernel* quantized_gemm;
+  int64_t quantized_scratch_bytes;
   ActivationKernel* activation;
   ColumnSumsKernel* column_sums;
+  GatherRowsKernel* gather_rows;
+  CrossEntropyKernel* cross_entropy_statistics;
+  CrossEntropyKernel* cross_entropy_gradient;
   AttentionKernel* attention;
   AttentionScratchKernel* attention_scratch_bytes;
   AttentionBackwardKernel* attention_backward;
@@ -129,6 +196,6 @@ struct Kernels {
 
 namespace baseline { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }
-namespace avx512 { extern const Kernels kernels; }
+namespace avx512 { extern const Kernels kernels, kernels_vnni, kernels_amx; }
 
 }  // namespace fastformer

@@ -12,18 +12,34 @@ LayerNormBackwardKernel layer_norm_backward;
 PackKernel pack;
 GemmKernel gemm;
 GemmScratchKernel gemm_scratch_bytes;
+QuantizeKernel quantize;
+PackKernel pack_quantized;
+GemmKernel quantized_gemm, quantized_gemm_vnni, quantized_gemm_amx;
+extern const int64_t kQuantizedScratchBytes;
 ActivationKernel activation;
 ColumnSumsKernel column_sums;
+GatherRowsKernel gather_rows;
+CrossEntropyKernel cross_entropy_statistics, cross_entropy_gradient;
 AttentionKernel attention;
 AttentionScratchKernel attention_scratch_bytes;
 AttentionBackwardKernel attention_backward;
 AttentionBackwardScratchKernel attention_backward_scratch_bytes;
 
+static constexpr Kernels table(const char* isa, GemmKernel* quantized_product) {
+  return {
+      isa, kTileVecs * kVecBytes, layer_norm, layer_norm_backward, pack, gemm, gemm_scratch_bytes,
+      quantize, pack_quantized, quantized_product, kQuantizedScratchBytes, activation, column_sums,
+      gather_rows, cross_entropy_statistics, cross_entropy_gradient,
+      attention, attention_scratch_bytes, attention_backward, attention_backward_scratch_bytes,
+  };
+}
+
 extern const Kernels kernels;
-const Kernels kernels = {
-    FF_NAME(FASTFORMER_ISA), kTileVecs * kVecBytes, layer_norm, layer_norm_backward, pack, gemm, gemm_scratch_bytes,
-    activation, column_sums,
-    attention, attention_scratch_bytes, attention_backward, attention_backward_scratch_bytes,
-};
+const Kernels kernels = table(FF_NAME(FASTFORMER_ISA), quantized_gemm);
+#if defined(__AVX512F__)
+extern const Kernels kernels_vnni, kernels_amx;
+const Kernels kernels_vnni = table("avx512_vnni", quantized_gemm_vnni);
+const Kernels kernels_amx = table("avx512_amx", quantized_gemm_amx);
+#endif
 
 }  // namespace fastformer::FASTFORMER_ISA

@@ -1,0 +1,57 @@
+// What a matrix product does with its sums before it stores them.
+#pragma once
+
+#include "lanes.h"
+#include "philox.h"
+#include "vecmath.h"
+
+namespace fastformer::FASTFORMER_ISA {
+
+// One row of a panel: acc (compute type) to the output.
+template <class T, Activation ACTIVATION>
+static void epilogue_row(const GemmArgs& g, int64_t row, int64_t column, int width, const compute_t<T>* acc) {
+  using S = compute_t<T>;
+  const S* bias = g.bias ? (const S*)g.bias + column : nullptr;
+  const T* residual = g.residual ? (const T*)g.residual + row * g.residual_stride + column : nullptr;
+  T* pre = g.pre_activation ? (T*)g.pre_activation + row * g.columns + column : nullptr;
+  RowDropout dropout(g.dropout, uint64_t(row));
+  for_columns<S>(width, [&](int64_t c, int lanes) {
+    Vec<S> v = load(acc + c);
+    if (bias) v += load_lanes(bias + c, lanes);
+    if (g.gradient) {
+      if (g.dropout.threshold) v = dropout.apply<S>(v, column + c);
+      if (pre) v *= activation_gradient<S>(ACTIVATION, load_lanes(pre + c, lanes));
+    } else {
+      if (pre) store_lanes(pre + c, v, lanes);
+      v = activate<S>(ACTIVATION, v);
+      if (g.dropout.threshold) v = dropout.apply<S>(v, column + c);
+    }
+    if (residual) v += load_lanes(residual + c, lanes);
+    if (g.output_is_compute_type)
+      store_lanes((S*)g.output + row * g.output_stride + column + c, v, lanes);
+    else
+      store_lanes((T*)g.output + row * g.output_stride + column + c, v, lanes);
+  });
+}
+
+template <class T>
+static void epilogue(const GemmArgs& g, int64_t row, int64_t column, int width, const compute_t<T>* acc) {
+  switch (g.activation) {
+    case Activation::gelu: return epilogue_row<T, Activation::gelu>(g, row, column, width, acc);
+    case Activation::gelu_tanh: return epilogue_row<T, Activation::gelu_tanh>(g, row, column, width, acc);
+    case Activation::relu: return epilogue_row<T, Activation::relu>(g, row, column, width, acc);
+    case Activation::silu: return epilogue_row<T, Activation::silu>(g, row, column, width, acc);
+    case Activation::none: return epilogue_row<T, Activation::none>(g, row, column, width, acc);
+  }
+}
+
+// Brings the lines that the epilogue of these rows will write, while their sums are still computed.
+template <class T>
+FF_INLINE void prefetch_output(const GemmArgs& g, int64_t begin, int64_t end, int64_t column, int width) {
+  const int64_t size = g.output_is_compute_type ? sizeof(compute_t<T>) : sizeof(T);
+  for (int64_t i = begin; i < end; ++i)
+    for (int64_t byte = 0; byte < width * size; byte += 64)
+      __builtin_prefetch((char*)g.output + (i * g.output_stride + column) * size + byte, 1, 3);
+}
+
+}  // namespace fastformer::FASTFORMER_ISA

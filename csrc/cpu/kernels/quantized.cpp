@@ -1,0 +1,394 @@
+// Products of 8-bit rows and 8-bit weights, exact in 32 bits: every instruction set gives the same sums. The rows are
+// quantized one by one as they come, the weights column by column beforehand.
+
+#include "epilogue.h"
+
+namespace fastformer::FASTFORMER_ISA {
+
+// x * scale + zero, rounded to an integer (ties to even) in the low bits: in two roundings on every instruction set.
+FF_INLINE Vec<int32_t> scale_and_round(Vec<float> x, float scale, float zero) {
+  Vec<float> scaled = x * scale;
+#if defined(__x86_64__)
+  asm("" : "+v"(scaled));  // no fused multiply-add
+#endif
+  return bit_cast<Vec<int32_t>>(scaled + (zero + 0x1.8p23f)) - 0x4b400000;
+}
+
+typedef uint8_t LaneBytes __attribute__((vector_size(kVecBytes / 4)));
+
+constexpr float kSmallest = 0x1p-110f;  // of a row's or a column's largest value, else it counts as 0
+
+template <class T> static void quantize_rows(const QuantizeArgs& q, int64_t row_begin, int64_t row_end) {
+  const int64_t stride = quantized_depth(q.depth);
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    const T* x = (const T*)q.a + row * q.a_row_stride;
+    Vec<float> low[4] = {}, high[4] = {}, bad[4] = {};
+    for_columns_in_turn<float>(q.depth, [&](int64_t k, int lanes, int i) {
+      const Vec<float> v = load_lanes(x + k, lanes);
+      low[i] = v < low[i] ? v : low[i];
+      high[i] = v > high[i] ? v : high[i];
+      bad[i] += v * 0.0f;  // NaN, also of an infinity
+    });
+    for (int i = 1; i < 4; ++i) {
+      low[0] = low[i] < low[0] ? low[i] : low[0];
+      high[0] = high[i] > high[0] ? high[i] : high[0];
+    }
+    const float smallest = -largest<float>(-low[0]), range = largest<float>(high[0]) - smallest;
+    const float inverse = range >= kSmallest && range < __builtin_inff() ? 255 / range : 0;
+    const int32_t zero = scale_and_round(splat<float>(-smallest), inverse, 0)[0];
+    q.quantized.scale[row] = range / 255 + sum_in_turn<float>(bad);
+    q.quantized.zero[row] = zero;
+    uint8_t* out = q.quantized.values + row * stride;
+    for_columns<float>(q.depth, [&](int64_t k, int lanes) {
+      Vec<int32_t> value = scale_and_round(load_lanes(x + k, lanes), inverse, float(zero));
+      value = value < 0 ? Vec<int32_t>{} : value;
+      value = value > 255 ? Vec<int32_t>{} + 255 : value;
+      const LaneBytes bytes = __builtin_convertvector(value, LaneBytes);
+      memcpy(out + k, &bytes, size_t(lanes));
+    });
+  }
+}
+
+void quantize(const QuantizeArgs& q, int64_t row_begin, int64_t row_end) {
+  if (q.a_is_compute_type) return quantize_rows<float>(q, row_begin, row_end);
+  switch (q.dtype) {
+    case DType::bf16: return quantize_rows<bf16>(q, row_begin, row_end);
+    case DType::f16: return quantize_rows<f16>(q, row_begin, row_end);
+    default: return quantize_rows<float>(q, row_begin, row_end);
+  }
+}
+
+template <class T> static void pack_quantized_panels(const PackArgs& a, int64_t panel_begin, int64_t panel_end) {
+  constexpr int64_t kW = kQuantizedColumns;
+  const int64_t depth = quantized_depth(a.depth), bytes = quantized_panel_bytes(a.depth);
+  for (int64_t p = panel_begin; p < panel_end; ++p) {
+    int8_t* out = (int8_t*)a.packed + p * bytes;
+    memset((void*)out, 0, size_t(bytes));
+    float* scales = (float*)(out + depth * kW);
+    int32_t* sums = (int32_t*)(scales + kW);
+    float* samples = (float*)(sums + kW);
+    for (int64_t c = 0; c < min(kW, a.columns - p * kW); ++c) {
+      const int64_t column = p * kW + c;
+      const T* b = (const T*)a.b + column * a.b_column_stride;
+      float magnitude = 0, bad = 0;
+      for (int64_t k = 0; k < a.depth; ++k) {
+        const float w = to_compute(b[k * a.b_depth_stride]);
+        magnitude = max(magnitude, w < 0 ? -w : w);
+        bad += w * 0.0f;
+      }
+      const bool scalable = bad == 0 && magnitude >= kSmallest;
+      const float inverse = scalable ? 127 / magnitude : 0;
+      for (int64_t k = 0; k < a.depth && scalable; ++k) {
+        const float w = to_compute(b[k * a.b_depth_stride]);
+        const int32_t value = min(127, max(-127, int32_t(__builtin_rintf(w * inverse))));
+        out[(k / 4 * kW + c) * 4 + k % 4] = int8_t(value);
+        sums[c] += value;
+      }
+      scales[c] = magnitude / 127 + bad;
+      if (a.depth > 0) samples[c] = to_compute(b[sampled_depth(column, a.depth) * a.b_depth_stride]);
+    }
+  }
+}
+
+void pack_quantized(const PackArgs& a, int64_t panel_begin, int64_t panel_end) {
+  switch (a.dtype) {
+    case DType::bf16: return pack_quantized_panels<bf16>(a, panel_begin, panel_end);
+    case DType::f16: return pack_quantized_panels<f16>(a, panel_begin, panel_end);
+    default: return pack_quantized_panels<float>(a, panel_begin, panel_end);
+  }
+}
+
+constexpr int64_t kRows = 192;  // of a block: its values stay in L2
+
+// What comes into L2 while a block is computed: `step` bytes for each step of it.
+struct Prefetch {
+  const char* next;
+  int64_t step;
+
+  FF_INLINE void operator()() {
+    for (int64_t byte = 0; byte < step; byte += 64) __builtin_prefetch(next + byte, 0, 2);
+    next += step;
+  }
+};
+
+// panel_product(rows, depth, a, stride, b, sums, add, next): sums (rows, kQuantizedColumns) = or += a b for `depth` values
+// of each row, `stride` bytes apart; up to kQuantizedRowTile - 1 more rows of a are read and of sums written. `next` is the
+// part of the panels that comes after. BLOCK: the depths at a time, so that what is read again and again of b stays in L1.
+template <int64_t BLOCK, class Product>
+static void product(const GemmArgs& g, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end,
+                    void* scratch, Product panel_product) {
+  constexpr int64_t kW = kQuantizedColumns;
+  const int64_t depth = quantized_depth(g.depth), bytes = quantized_panel_bytes(g.depth);
+  const int64_t blocks = (row_end - row_begin + kRows - 1) / kRows;
+  int32_t* sums = (int32_t*)scratch;
+  dispatch(g.dtype, [&]<class T>() {
+    if constexpr (!__is_same(T, double))
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t m0 = row_begin + (row_end - row_begin) * block / blocks;
+        const int64_t m1 = row_begin + (row_end - row_begin) * (block + 1) / blocks;
+        for (int64_t p = panel_begin; p < panel_end; ++p) {
+          const int8_t* b = (const int8_t*)g.b + p * bytes;
+          const int width = int(min(kW, g.columns - p * kW));
+          if (depth == 0) memset((void*)sums, 0, size_t(m1 - m0) * kW * sizeof(int32_t));
+          for (int64_t k = 0; k < depth; k += BLOCK) {
+            const int64_t end = min(depth, k + BLOCK);
+            if (end == depth) prefetch_output<T>(g, m0, min(m1, m0 + 8), p * kW, width);
+            panel_product(m1 - m0, end - k, g.quantized.values + m0 * depth + k, depth, b + k * kW, sums, k > 0,
+                          (const char*)b + end * kW);
+          }
+          const float* scales = (const float*)(b + depth * kW);
+          const int32_t* weight_sums = (const int32_t*)(scales + kW);
+          for (int64_t i = m0; i < m1; ++i) {
+            const float scale = g.quantized.scale[i];
+            const int32_t zero = g.quantized.zero[i];
+            int32_t* row = sums + (i - m0) * kW;
+            if (i + 8 < m1) prefetch_output<T>(g, i + 8, i + 9, p * kW, width);
+#pragma GCC unroll 4
+            for (int64_t c = 0; c < kW; c += kLanes<float>) {
+              Vec<int32_t> sum, weight_sum;
+              memcpy(&sum, row + c, sizeof(sum));
+              memcpy(&weight_sum, weight_sums + c, sizeof(sum));
+              const Vec<float> exact = __builtin_convertvector(sum - zero * weight_sum, Vec<float>);
+              store((float*)row + c, exact * (scale * load(scales + c)));
+            }
+            epilogue<T>(g, i, p * kW, width, (const float*)row);
+          }
+        }
+      }
+  });
+}
+
+extern const int64_t kQuantizedScratchBytes;
+const int64_t kQuantizedScratchBytes = (kRows + kQuantizedRowTile) * kQuantizedColumns * 4;
+
+// ---- products of 16 bits, added in pairs: any instruction set ----
+
+constexpr int64_t kPairsDepth = 512;
+
+#if defined(__AVX2__)
+using Bytes = __attribute__((vector_size(kVecBytes / 2))) int8_t;
+using Shorts = __attribute__((vector_size(kVecBytes))) int16_t;
+
+FF_INLINE Vec<int32_t> multiply_add_pairs(Shorts a, Shorts b) {
+#if defined(__AVX512BW__)
+  return (Vec<int32_t>)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#else
+  return (Vec<int32_t>)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#endif
+}
+
+// Columns of a vector, each with two sums side by side.
+constexpr int kPairsColumns = kVecBytes / 8;
+constexpr int kPairsRows = kVecBytes == 64 ? 6 : 4, kPairsVecs = kVecBytes == 64 ? 4 : 2;
+
+// a in 16 bits.
+template <int ROWS>
+static void pairs_tile(int64_t depth, const int16_t* a, int64_t stride, const int8_t* b, int32_t* sums, bool add) {
+  Vec<int32_t> acc[ROWS][kPairsVecs] = {};
+  for (int64_t k = 0; k < depth; k += 4) {
+    Shorts bk[kPairsVecs];
+#pragma GCC unroll 4
+    for (int j = 0; j < kPairsVecs; ++j) {
+      Bytes bytes;
+      memcpy(&bytes, b + k * kQuantizedColumns + j * kPairsColumns * 4, sizeof(bytes));
+      bk[j] = __builtin_convertvector(bytes, Shorts);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; ++i) {
+      int64_t four;
+      memcpy(&four, a + i * stride + k, sizeof(four));
+      const Shorts ak = (Shorts)(Vec<int64_t>{} + four);
+#pragma GCC unroll 4
+      for (int j = 0; j < kPairsVecs; ++j) acc[i][j] += multiply_add_pairs(ak, bk[j]);
+    }
+  }
+  for (int i = 0; i < ROWS; ++i)
+    for (int j = 0; j < kPairsVecs; ++j)
+      for (int c = 0; c < kPairsColumns; ++c) {
+        int32_t& sum = sums[i * kQuantizedColumns + j * kPairsColumns + c];
+        sum = (add ? sum : 0) + acc[i][j][2 * c] + acc[i][j][2 * c + 1];
+      }
+}
+#endif
+
+static void pairs_product(int64_t rows, int64_t depth, const uint8_t* a, int64_t stride, const int8_t* b, int32_t* sums,
+                          bool add, const char*) {
+#if defined(__AVX2__)
+  int16_t wide[kPairsRows * kPairsDepth];
+  for (int64_t i = 0; i < rows; i += kPairsRows) {
+    const int64_t tile = min<int64_t>(kPairsRows, rows - i);
+    for (int64_t r = 0; r < tile; ++r)
+      for (int64_t k = 0; k < depth; ++k) wide[r * depth + k] = a[(i + r) * stride + k];
+    for (int64_t c = 0; c < kQuantizedColumns; c += kPairsVecs * kPairsColumns) {
+      int32_t* out = sums + i * kQuantizedColumns + c;
+      if (tile == kPairsRows)
+        pairs_tile<kPairsRows>(depth, wide, depth, b + c * 4, out, add);
+      else
+        for (int64_t r = 0; r < tile; ++r)
+          pairs_tile<1>(depth, wide + r * depth, depth, b + c * 4, out + r * kQuantizedColumns, add);
+    }
+  }
+#else
+  for (int64_t i = 0; i < rows; ++i) {
+    int32_t* row = sums + i * kQuantizedColumns;
+    if (!add) memset((void*)row, 0, kQuantizedColumns * sizeof(int32_t));
+    for (int64_t k = 0; k < depth; k += 4) {
+      const uint8_t* x = a + i * stride + k;
+      const int8_t* w = b + k * kQuantizedColumns;
+      for (int64_t c = 0; c < kQuantizedColumns; ++c, w += 4)
+        row[c] += x[0] * w[0] + x[1] * w[1] + x[2] * w[2] + x[3] * w[3];
+    }
+  }
+#endif
+}
+
+void quantized_gemm(const GemmArgs& g, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end,
+                    void* scratch) {
+  product<kPairsDepth>(g, row_begin, row_end, panel_begin, panel_end, scratch, pairs_product);
+}
+
+#if defined(__AVX512F__)
+
+// ---- VNNI: four products of 8 bits are added to 32 bits by one instruction ----
+
+// As assembly, or gcc 12 moves the accumulators about.
+FF_INLINE void vpdpbusd(Vec<int32_t>& acc, Vec<int32_t> a, Vec<int32_t> b) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+}
+
+template <int ROWS>
+static void vnni_tile(int64_t depth, const uint8_t* a, int64_t stride, const int8_t* b, int32_t* sums, bool add,
+                      Prefetch prefetch) {
+  Vec<int32_t> acc[ROWS][4];
+#pragma GCC unroll 8
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) acc[i][j] = Vec<int32_t>{};
+  for (int64_t k = 0; k < depth; k += 4) {
+    prefetch();
+    Vec<int32_t> bk[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) memcpy(&bk[j], b + k * kQuantizedColumns + j * 64, 64);
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; ++i) {
+      int32_t four;
+      memcpy(&four, a + i * stride + k, 4);
+      const Vec<int32_t> ak = Vec<int32_t>{} + four;
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) vpdpbusd(acc[i][j], ak, bk[j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      int32_t* out = sums + i * kQuantizedColumns + j * 16;
+      Vec<int32_t> before{};
+      if (add) memcpy(&before, out, 64);
+      before += acc[i][j];
+      memcpy(out, &before, 64);
+    }
+}
+
+static void vnni_product(int64_t rows, int64_t depth, const uint8_t* a, int64_t stride, const int8_t* b, int32_t* sums,
+                         bool add, const char* next) {
+  const int64_t tiles = (rows + 5) / 6, steps = tiles * depth / 4;
+  const int64_t step = (depth * kQuantizedColumns / steps + 63) / 64 * 64;
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t i = rows * t / tiles, end = rows * (t + 1) / tiles;
+    const uint8_t* x = a + i * stride;
+    int32_t* out = sums + i * kQuantizedColumns;
+    const Prefetch prefetch{next + t * (depth / 4) * step, t * (depth / 4) * step < depth * kQuantizedColumns ? step : 0};
+    switch (end - i) {
+      case 1: vnni_tile<1>(depth, x, stride, b, out, add, prefetch); break;
+      case 2: vnni_tile<2>(depth, x, stride, b, out, add, prefetch); break;
+      case 3: vnni_tile<3>(depth, x, stride, b, out, add, prefetch); break;
+      case 4: vnni_tile<4>(depth, x, stride, b, out, add, prefetch); break;
+      case 5: vnni_tile<5>(depth, x, stride, b, out, add, prefetch); break;
+      default: vnni_tile<6>(depth, x, stride, b, out, add, prefetch);
+    }
+  }
+}
+
+void quantized_gemm_vnni(const GemmArgs& g, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end,
+                         void* scratch) {
+  product<512>(g, row_begin, row_end, panel_begin, panel_end, scratch, vnni_product);
+}
+
+// ---- AMX: tiles of 16 rows of 64 bytes; one instruction multiplies 16 x 64 by 64 x 16 values ----
+
+struct TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// Tiles 0 to 3: sums of 2 x 2 blocks of 16 x 16; 4 and 5: rows of a; 6 and 7: columns of b.
+template <bool TWO>  // 32 rows, or 16
+static void amx_tile(int64_t depth, const uint8_t* a, int64_t stride, const int8_t* b, int32_t* sums, bool add,
+                     Prefetch prefetch) {
+  constexpr int64_t kRow = kQuantizedColumns * 4;  // bytes from one row of sums, or four depths of b, to the next
+  int32_t* sums1 = sums + 16 * kQuantizedColumns;
+  if (add) {
+    _tile_loadd(0, sums, kRow);
+    _tile_loadd(1, sums + 16, kRow);
+    if constexpr (TWO) {
+      _tile_loadd(2, sums1, kRow);
+      _tile_loadd(3, sums1 + 16, kRow);
+    }
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t k = 0; k < depth; k += 64) {
+    prefetch();
+    const int8_t* bk = b + k * kQuantizedColumns;
+    _tile_loadd(6, bk, kRow);
+    _tile_loadd(4, a + k, stride);
+    _tile_dpbusd(0, 4, 6);
+    _tile_loadd(7, bk + 64, kRow);
+    _tile_dpbusd(1, 4, 7);
+    if constexpr (TWO) {
+      _tile_loadd(5, a + 16 * stride + k, stride);
+      _tile_dpbusd(2, 5, 6);
+      _tile_dpbusd(3, 5, 7);
+    }
+  }
+  _tile_stored(0, sums, kRow);
+  _tile_stored(1, sums + 16, kRow);
+  if constexpr (TWO) {
+    _tile_stored(2, sums1, kRow);
+    _tile_stored(3, sums1 + 16, kRow);
+  }
+}
+
+static void amx_product(int64_t rows, int64_t depth, const uint8_t* a, int64_t stride, const int8_t* b, int32_t* sums,
+                        bool add, const char* next) {
+  const int64_t tiles = (rows + kQuantizedRowTile - 1) / kQuantizedRowTile, steps = 2 * tiles * depth / 64;
+  const int64_t step = (depth * kQuantizedColumns / steps + 63) / 64 * 64;
+  Prefetch prefetch{next, step};
+  for (int64_t half = 0; half < 2; ++half)
+    for (int64_t i = 0; i < rows; i += kQuantizedRowTile) {
+      const uint8_t* x = a + i * stride;
+      int32_t* out = sums + i * kQuantizedColumns + half * 32;
+      if (rows - i > 16)
+        amx_tile<true>(depth, x, stride, b + half * 128, out, add, prefetch);
+      else
+        amx_tile<false>(depth, x, stride, b + half * 128, out, add, prefetch);
+      prefetch.next += depth / 64 * step;
+    }
+}
+
+__attribute__((target("amx-tile"))) void quantized_gemm_amx(const GemmArgs& g, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end,
+                        void* scratch) {
+  const TileConfig config;
+  _tile_loadconfig(&config);
+  product<1024>(g, row_begin, row_end, panel_begin, panel_end, scratch, amx_product);  // one half of a panel at a time
+  _tile_release();
+}
+
+#endif
+
+}  // namespace fastformer::FASTFORMER_ISA
