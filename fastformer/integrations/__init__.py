@@ -6,10 +6,14 @@ import importlib
 import re
 import sys
 
-SUPPORTED = "BERT and GPT-2 of transformers and of fastformer.models"
+SUPPORTED = (
+    "BERT and GPT-2 of transformers and of fastformer.models, and torch.nn's TransformerEncoder,"
+    " TransformerEncoderLayer, TransformerDecoderLayer, MultiheadAttention and LayerNorm"
+)
 
 _OLDEST_TRANSFORMERS = (5, 20)
 _INTEGRATIONS = {  # the module that defines the stock classes: no model of theirs exists before it is imported
+    "torch.nn": "torch_nn",
     "fastformer.models": "models",
     "transformers.models.bert.modeling_bert": "huggingface_bert",
     "transformers.models.gpt2.modeling_gpt2": "huggingface_gpt2",

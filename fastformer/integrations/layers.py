@@ -94,6 +94,11 @@ def is_residual(residual: Tensor, x: Tensor, features: int) -> bool:
     )
 
 
+def missing_parameters(module: nn.Module, *names: str) -> list[str]:
+    """What stops a module whose own parameters are computed: parametrized, pruned."""
+    return [f"its {name} is no parameter" for name in names if name not in module._parameters]
+
+
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """(B, Q, E) -> (B, H, Q, D)"""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -108,15 +113,19 @@ def split_qkv(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
 class LayerNorm(Fused):
     """A layer-norm that no fused layer takes along."""
 
+    @staticmethod
+    def own_obstacles(module: nn.Module) -> list[str]:
+        obstacles, dims = missing_parameters(module, "weight", "bias"), len(module.normalized_shape)
+        return obstacles if dims == 1 else [*obstacles, f"normalizes {dims} dimensions at once"]
+
     def groups(self):
         sizes = {tuple(p.shape) for p in self._parameters.values() if p is not None}
-        return [] if len(self.normalized_shape) == 1 and sizes <= {tuple(self.normalized_shape)} else None
+        return [] if sizes <= {tuple(self.normalized_shape)} else None
 
     def forward(self, input: Tensor) -> Tensor:
-        path, _ = self.choose(input)
-        if path is Path.STOCK or input.shape[-1:] != self.normalized_shape:
-            return super().forward(input)
-        return layer_norm(self, input, path)
+        fits = input.is_floating_point() and not input.is_nested and input.shape[-1:] == self.normalized_shape
+        path, _ = self.choose(input) if fits else (Path.STOCK, None)
+        return super().forward(input) if path is Path.STOCK else layer_norm(self, input, path)
 
 
 class Linear(Fused):
@@ -224,21 +233,63 @@ class BertLayer(Fused):
         return post_norm(output, x, self.output.dropout, self.output.LayerNorm)
 
 
+class Tokens:
+    """The real tokens of a padded batch, end to end: one sequence after the other, in both layouts of the batch."""
+
+    def __init__(self, kept: Tensor, batch_first: bool = True):
+        """kept: (B, S), False at padding."""
+        lengths, places = kept.sum(1), kept.nonzero(as_tuple=True)
+        self.places = places if batch_first else places[::-1]
+        self.cu_seq = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        self.longest = int(lengths.max())
+
+    def gather(self, x: Tensor) -> Tensor:
+        """(1, tokens, E) of x, (B, S, E) or (S, B, E)"""
+        return x[self.places][None]
+
+    def scatter(self, x: Tensor, shape: torch.Size) -> Tensor:
+        """x (1, tokens, E) in its places in a batch of this shape, 0 at padding"""
+        output = x.new_zeros(shape)
+        output[self.places] = x[0]
+        return output
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, path: Path) -> Tensor:
+        """(1, tokens, E) of query, key and value (1, H, tokens, D): each sequence attends to itself."""
+        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, H, D)
+        scale = query.shape[-1] ** -0.5
+        bounds = self.cu_seq, self.cu_seq, self.longest, self.longest
+        if path is Path.PACKED:
+            context = _raw.varlen_attn(query, key, value, *bounds, 0.0, None, scale, -1, -1)[0]
+        else:
+            context = ops.varlen_attn(query, key, value, *bounds, scale=scale)
+        return context.flatten(1)[None]
+
+
+def infers_without_padding(encoder: Fused, hidden_states: Tensor) -> bool:
+    """Is this a call in which padding is left out, as far as can be told without mask and layers?"""
+    return bool(
+        encoder._fastformer_unpad
+        and hidden_states.is_cpu
+        and not encoder.training
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and backends._requested()[0] != "torch"
+    )
+
+
 class BertEncoder(Fused):
     """The layers of an encoder, in inference without the padding of the batch: its real tokens are laid end to end on
     the way in and take their places on the way out, where padding is 0."""
 
-    unpads = True
     is_watched = staticmethod(is_hooked)
 
     def can_leave_padding(self, hidden_states: Tensor, mask: Tensor | None) -> bool:
         """Is this an inference with a padding mask, and does nobody look at what happens inside?"""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled() or self.training:
-            return False
         batch, length, _ = hidden_states.shape
         if mask is None or mask.dtype != torch.bool or mask.shape != (batch, 1, 1, length) or batch == 0:
             return False
-        if backends._requested()[0] == "torch" or not hidden_states.is_cpu:
+        if not infers_without_padding(self, hidden_states):
             return False
         for layer in self.layer:
             if not isinstance(layer, BertLayer) or not isinstance(layer.attention.self, BertSelfAttention):
@@ -249,27 +300,14 @@ class BertEncoder(Fused):
 
     def without_padding(self, hidden_states: Tensor, mask: Tensor) -> Tensor:
         """The last hidden states (B, S, E) of a batch with a mask (B, 1, 1, S)."""
-        kept = mask[:, 0, 0]
-        lengths = kept.sum(1)
-        cu_seq = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-        longest = int(lengths.max())
-        places = kept.flatten().nonzero()[:, 0]
-        x = hidden_states.flatten(0, 1)[places][None]  # (1, tokens, E)
+        tokens = Tokens(mask[:, 0, 0])
+        x = tokens.gather(hidden_states)
         for layer in self.layer:
             attention = layer.attention.self
             path, packed = attention.choose(x)
-            qkv = attention.project(x, path, packed)
-            query, key, value = (t[0].transpose(0, 1) for t in qkv)  # (tokens, H, D)
-            scale = query.shape[-1] ** -0.5
-            if path is Path.PACKED:
-                arguments = cu_seq, cu_seq, longest, longest, 0.0, None, scale, -1, -1
-                context = _raw.varlen_attn(query, key, value, *arguments)[0]
-            else:
-                context = ops.varlen_attn(query, key, value, cu_seq, cu_seq, longest, longest, scale=scale)
-            x = layer.feed_forward(layer.attention.output(context.flatten(1)[None], x))
-        output = torch.zeros_like(hidden_states)
-        output.flatten(0, 1)[places] = x[0]
-        return output
+            context = tokens.attention(*attention.project(x, path, packed), path)
+            x = layer.feed_forward(layer.attention.output(context, x))
+        return tokens.scatter(x, hidden_states.shape)
 
 
 class BertPredictionHeadTransform(Fused):

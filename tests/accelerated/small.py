@@ -38,15 +38,15 @@ GPT2 = dict(
 
 
 def bert(architecture: str = "BertForMaskedLM", library=transformers, **config) -> nn.Module:
-    return _spread(getattr(library, architecture)(library.BertConfig(**{**BERT, **config})))
+    return spread(getattr(library, architecture)(library.BertConfig(**{**BERT, **config})))
 
 
 def gpt2(architecture: str = "GPT2LMHeadModel", **config) -> nn.Module:
-    return _spread(getattr(transformers, architecture)(transformers.GPT2Config(**{**GPT2, **config})))
+    return spread(getattr(transformers, architecture)(transformers.GPT2Config(**{**GPT2, **config})))
 
 
 def reference_gpt(architecture: str = "GptLMHeadModel", **config) -> nn.Module:
-    return _spread(getattr(models, architecture)(models.GptConfig(**{**GPT2, **config})))
+    return spread(getattr(models, architecture)(models.GptConfig(**{**GPT2, **config})))
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -57,7 +57,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def _spread(model: nn.Module) -> nn.Module:
+def spread(model: nn.Module) -> nn.Module:
     """Every parameter matters: biases and layer norms are not 0 and 1 either."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -360,8 +360,8 @@ def test_unknown_model():
             fastformer.accelerate(unknown)
         assert classes(unknown) == before
         assert not fastformer.report(unknown).rows
-    with pytest.raises(TypeError, match="quantize"):
-        fastformer.accelerate(bert(), quantize="int8")
+    with pytest.raises(TypeError, match="weights"):
+        fastformer.accelerate(bert(), weights="bfloat16")
 
 
 def test_models_inside_of_others_are_found():
