@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from triton.runtime.driver import driver
 
+from fastformer import tuning
 from fastformer.backends import TRITON_DEVICE
 
 
@@ -39,3 +43,92 @@ def float32_precision() -> str:
     """
     exact = torch.get_float32_matmul_precision() == "highest" or not target().startswith("sm_")
     return "ieee" if exact else "tf32x3"
+
+
+# Bytes of shared memory that one program may have (CUDA C++ Programming Guide, "Technical Specifications per Compute
+# Capability": 1 KiB of each multiprocessor's is the system's; AMD: the LDS of a work-group).
+_SHARED_MEMORY = {
+    "sm_80": 163 * 1024,
+    "sm_87": 163 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_103": 227 * 1024,
+    "gfx950": 160 * 1024,
+}
+
+
+def shared_memory(target: str) -> int:
+    """Bytes that one program may have; of a target that is not known, what the smallest of its kind has."""
+    return _SHARED_MEMORY.get(target, 64 * 1024 if target.startswith("gfx") else 99 * 1024)
+
+
+def pick(
+    kernel: str,
+    candidates: Sequence[Config],
+    *,
+    shared: Callable[[Config], int] | None = None,
+    **key: Hashable,
+) -> Config:
+    """The candidate that `fastformer tune` found to be the fastest on this device, else the first one.
+
+    Nothing is measured here.
+
+    Args:
+        kernel: its name.
+        candidates: the best guess first; they may depend on the target and on `key`, and on nothing else.
+        shared: how many bytes of shared memory a candidate needs; those that need more than the target has are left
+            out, but the last one stays.
+        key: what of the call matters to the choice, all small sets: dtype, padded head size, width bucket, flags; no
+            sequence length.
+    """
+    call = (None if TRITON_DEVICE == "cpu" else torch.cuda.current_device(), kernel, *key.items())
+    if _trial is not None:
+        return _trial.pick(kernel, _fitting(candidates, shared), key)
+    config = _picked.get(call)
+    if config is None:
+        config = _picked[call] = _recorded(kernel, _fitting(candidates, shared), key)
+    return config
+
+
+_picked: dict[tuple, Config] = {}  # by device, kernel and key, for as long as the process runs
+
+
+def _fitting(candidates: Sequence[Config], shared: Callable[[Config], int] | None) -> Sequence[Config]:
+    if shared is None or TRITON_DEVICE == "cpu":
+        return candidates
+    limit = shared_memory(target())
+    return [config for config in candidates if shared(config) <= limit] or candidates[-1:]
+
+
+def _recorded(kernel: str, candidates: Sequence[Config], key: dict[str, Hashable]) -> Config:
+    if tuning.table is None or TRITON_DEVICE == "cpu":
+        return candidates[0]
+    fields = tuning.table.config(torch.device("cuda", torch.cuda.current_device()), kernel, key)
+    return next((config for config in candidates if dataclasses.asdict(config) == fields), candidates[0])
+
+
+class Trial:
+    """Which configs the calls inside a `trial` pick, and which they shall pick instead of the first."""
+
+    def __init__(self) -> None:
+        self.candidates: dict[str, Sequence[Config]] = {}  # by `tuning.config_key`, of every pick
+        self.chosen: dict[str, Config] = {}
+
+    def pick(self, kernel: str, candidates: Sequence[Config], key: dict[str, Hashable]) -> Config:
+        name = tuning.config_key(kernel, key)
+        self.candidates[name] = candidates
+        return self.chosen.get(name, candidates[0])
+
+
+_trial: Trial | None = None  # of all threads: a backward runs in one of autograd's
+
+
+@contextlib.contextmanager
+def trial() -> Iterator[Trial]:
+    """For `fastformer tune`: inside, picks are noted, and decided by `Trial.chosen` and not by the tuned table."""
+    global _trial
+    previous, _trial = _trial, Trial()
+    try:
+        yield _trial
+    finally:
+        _trial = previous

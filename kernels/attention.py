@@ -1,0 +1,315 @@
+"""What the kernels of attention share, forward and backward, padded and packed: where rows are and who sees whom.
+
+A tensor is addressed as (sequence, head, row, column): padded (B, H, S, D) as it is, packed (T, H, D) with sequences of
+stride 0 whose first rows are in cu_seq. A query sees the keys of a band of diagonals: lowest <= key - query <= highest.
+Causality (aligned to the top left), a window (to the bottom right) and both together are such a band.
+
+Scores are kept in units of log2: exp(x) = exp2(x log2(e)).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastformer import reference
+from fastformer.kernels.philox import dropout_keeps
+
+LOG2E = tl.constexpr(math.log2(math.e))
+LN2 = tl.constexpr(math.log(2))
+FAR = tl.constexpr(2**30)  # diagonals away: more than any sequence has
+SCAN = tl.constexpr(1024)  # keys of a mask that are looked at together
+
+
+class Rows(NamedTuple):
+    """A tensor for a kernel."""
+
+    data: Tensor
+    stride_sequence: int
+    stride_head: int
+    stride_row: int
+    stride_column: int
+
+
+@triton.jit
+def sequence_rows(cu_seq, stride, sequence, total):
+    """First row and number of rows; cu_seq is None where every sequence has all `total` rows.
+
+    Bounds that go down or out of the tensor are cut, so that nothing is read or written outside of it.
+    """
+    first, end = total * 0, total
+    if cu_seq is not None:
+        first = tl.load(cu_seq + sequence.to(tl.int64) * stride)
+        end = tl.load(cu_seq + (sequence.to(tl.int64) + 1) * stride)
+        first = tl.minimum(tl.maximum(first, 0), total)
+        end = tl.minimum(tl.maximum(end, first), total)
+    return first, end - first
+
+
+@triton.jit
+def row_pointer(x, sequence, head, row):
+    """To one row: its offset may need 64 bits."""
+    return (
+        x.data
+        + sequence.to(tl.int64) * x.stride_sequence
+        + head.to(tl.int64) * x.stride_head
+        + row.to(tl.int64) * x.stride_row
+    )
+
+
+@triton.jit
+def load_rows(pointer, x, rows, ROWS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, CHECKED: tl.constexpr):
+    """(ROWS, BLOCK) from the row at `pointer` on; 0 beyond SIZE columns and, where CHECKED, beyond `rows` rows."""
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)[None, :]
+    pointers = pointer + row.to(tl.int64) * x.stride_row + column.to(tl.int64) * x.stride_column
+    if CHECKED and SIZE < BLOCK:
+        tile = tl.load(pointers, mask=(row < rows) & (column < SIZE), other=0.0)
+    elif CHECKED:
+        tile = tl.load(pointers, mask=row < rows, other=0.0)
+    elif SIZE < BLOCK:
+        tile = tl.load(pointers, mask=column < SIZE, other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def store_rows(pointer, x, tile, rows, SIZE: tl.constexpr):
+    """The tile's first `rows` rows and SIZE columns, from the row at `pointer` on."""
+    row, column = tl.arange(0, tile.shape[0])[:, None], tl.arange(0, tile.shape[1])[None, :]
+    pointers = pointer + row.to(tl.int64) * x.stride_row + column.to(tl.int64) * x.stride_column
+    tl.store(pointers, tile.to(x.data.dtype.element_ty), mask=(row < rows) & (column < SIZE))
+
+
+@triton.jit
+def band(queries, keys, window_left, window_right, causal_right):
+    """Lowest and highest visible diagonal of a sequence, at most FAR from 0."""
+    offset = keys - queries
+    return tl.maximum(offset - window_left, -FAR), tl.minimum(offset + window_right, causal_right)
+
+
+@triton.jit
+def visible_tiles(first, rows, lowest, highest, first_column, end_column, BLOCK: tl.constexpr, BANDED: tl.constexpr):
+    """(begin, whole_begin, whole_end, end): which columns the rows first .. first + rows - 1 see.
+
+    Rows are queries and columns keys; with (-highest, -lowest) for the band it is the other way round. Tiles of BLOCK
+    columns from `begin` to `end` hold all that any row sees of first_column .. end_column - 1; those from `whole_begin`
+    to `whole_end` are seen whole by all rows, and need no check. All but `end` are multiples of BLOCK.
+    """
+    last_column = end_column - 1
+    whole_first, whole_last = first_column, last_column
+    if BANDED:
+        whole_first = tl.maximum(first_column, first + rows - 1 + lowest)
+        whole_last = tl.maximum(tl.minimum(last_column, first + highest), -1)
+        first_column = tl.maximum(first_column, first + lowest)
+        last_column = tl.minimum(last_column, first + rows - 1 + highest)
+    begin, end = first_column // BLOCK * BLOCK, last_column + 1
+    whole_begin, whole_end = tl.cdiv(whole_first, BLOCK) * BLOCK, (whole_last + 1) // BLOCK * BLOCK
+    any_whole = whole_begin < whole_end
+    return begin, tl.where(any_whole, whole_begin, begin), tl.where(any_whole, whole_end, begin), end
+
+
+@triton.jit
+def skip_whole(start, whole_begin, whole_end):
+    """For a loop over the tiles that need a check: `for start in range(begin, end - (whole_end - whole_begin), BLOCK)`
+    counts on where the whole tiles begin; this is the column where the tile really starts."""
+    return tl.where(start < whole_begin, start, start + (whole_end - whole_begin))
+
+
+@triton.jit
+def load_mask(pointer, mask, query, key, queries, keys, PER_QUERY: tl.constexpr):
+    """The mask of a tile, or None without one: bool, or float32 in units of log2.
+
+    Args:
+        pointer: to the mask of the sequence and the head, ``row_pointer(mask, sequence, head, 0)``.
+        query, key: (Q, 1) and (1, K), or (1, Q) and (K, 1).
+        PER_QUERY: False where it is the same for all queries: then only one row is read, and (1, K) or (K, 1) returned.
+    """
+    values = None
+    if mask is not None:
+        pointers = pointer + key.to(tl.int64) * mask.stride_column
+        inside = key < keys
+        if PER_QUERY:
+            pointers += query.to(tl.int64) * mask.stride_row
+            inside &= query < queries
+        if mask.data.dtype.element_ty == tl.int1:
+            values = tl.load(pointers, mask=inside, other=False)
+        else:
+            values = tl.load(pointers, mask=inside, other=0.0)
+            # The lowest finite number hides less than -inf: it must not become -inf. The maximum keeps NaN.
+            finite = tl.maximum(values * LOG2E, -3.4028234663852886e38, propagate_nan=tl.PropagateNan.ALL)
+            values = tl.where(values == float("-inf"), values, finite)
+    return values
+
+
+@triton.jit
+def visible(query, key, keys, lowest, highest, mask_values, BANDED: tl.constexpr):
+    """bool, of a shape that broadcasts to the tile's: which key each query sees. Queries beyond the last see, too."""
+    seen = key < keys
+    if BANDED:
+        seen &= (key - query >= lowest) & (key - query <= highest)
+    if mask_values is not None:
+        if mask_values.dtype == tl.int1:
+            seen &= mask_values
+        else:
+            seen &= mask_values != float("-inf")
+    return seen
+
+
+@triton.jit
+def hide(scores, seen, mask_values):
+    """Scores in units of log2, with a float mask added, and -inf where a key is not seen."""
+    if mask_values is not None:
+        if mask_values.dtype != tl.int1:
+            scores += mask_values
+    return tl.where(seen, scores, float("-inf"))
+
+
+@triton.jit
+def keys_of_mask(pointer, mask, begin, end):
+    """First and last + 1 of the keys begin .. end - 1 that a mask for all queries shows, and whether it does nothing in
+    between."""
+    first, last, plain = FAR + begin * 0, begin * 0 - 1, begin * 0
+    for start in tl.range(begin, end, SCAN):
+        key = start + tl.arange(0, SCAN)[None, :]
+        values = load_mask(pointer, mask, 0, key, 0, end, False)
+        seen = visible(0, key, end, 0, 0, values, False)
+        first = tl.minimum(first, tl.min(tl.where(seen, key, FAR)))
+        last = tl.maximum(last, tl.max(tl.where(seen, key, -1)))
+        if values.dtype == tl.int1:
+            plain += tl.sum(seen.to(tl.int32))
+        else:
+            plain += tl.sum((values == 0).to(tl.int32) * seen.to(tl.int32))
+    end = last + 1
+    begin = tl.minimum(first, end)
+    return begin, end, plain == end - begin
+
+
+@triton.jit
+def dropout_keeps_tile(seed, threshold, first_key, KEYS: tl.constexpr, query, head, sequence):
+    """(Q, KEYS) bool: does dropout keep the probability? `query` is (Q, 1)."""
+    if KEYS % 64 == 0:
+        keeps = dropout_keeps(seed, threshold, first_key, KEYS, query, head, sequence)
+    else:  # fewer keys than share their counters: each draws four words, and takes one
+        key = first_key + tl.arange(0, KEYS)[None, :]
+        c0 = (key // 64 * 16 + key % 16 + query * 0).to(tl.uint32)
+        c1, c2, c3 = query.to(tl.uint32) + c0 * 0, head.to(tl.uint32) + c0 * 0, sequence.to(tl.uint32) + c0 * 0
+        word0, word1, word2, word3 = tl.philox(seed, c0, c1, c2, c3)
+        word = key // 16 % 4
+        drawn = tl.where(word < 2, tl.where(word == 0, word0, word1), tl.where(word == 2, word2, word3))
+        keeps = drawn >= threshold
+    return keeps
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a raw op, padded or packed: its sizes, and its tensors as every kernel takes them."""
+
+    sequences: int
+    heads: int
+    kv_heads: int
+    max_queries: int  # of a sequence
+    max_keys: int
+    dtype: torch.dtype
+    arguments: dict  # of the kernels, by name
+
+    @property
+    def block_d(self) -> int:
+        return self.arguments["BLOCK_D"]
+
+    @property
+    def block_dv(self) -> int:
+        return self.arguments["BLOCK_DV"]
+
+    @property
+    def has_dropout(self) -> bool:
+        return self.arguments["seed"] is not None
+
+
+# Not to be compiled anew for: pass to @triton.jit(do_not_specialize=VARYING).
+VARYING = (
+    "cu_stride_q", "cu_stride_k", "total_queries", "total_keys", "tiles", "heads", "groups", "window_left",
+    "window_right", "causal_right", "dropout_threshold",
+)  # fmt: skip
+
+
+def rows(x: Tensor) -> Rows:
+    """Of (B, H, S, D) or (T, H, D)."""
+    if x.dim() == 4:
+        return Rows(x, *x.stride())
+    return Rows(x, 0, x.stride(1), x.stride(0), x.stride(2))
+
+
+def row_statistics(x: Tensor) -> Rows:
+    """Of (B, H, S) or (H, T): one number for each row."""
+    return Rows(x, *x.stride(), 1) if x.dim() == 3 else Rows(x, 0, *x.stride(), 1)
+
+
+def padded_size(size: int) -> int:
+    """Columns of a tile that holds a head."""
+    return max(triton.next_power_of_2(size), 16)
+
+
+def call_of(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    cu_seq_q: Tensor | None = None,
+    cu_seq_k: Tensor | None = None,
+    max_queries: int,
+    max_keys: int,
+    dropout_p: float,
+    seed: Tensor | None,
+    is_causal: bool = False,
+    scale: float,
+    window_left: int,
+    window_right: int,
+) -> Call:
+    """The arguments are those of the raw ops."""
+    packed = cu_seq_q is not None
+    heads, kv_heads = query.shape[1], key.shape[1]
+    far = FAR.value
+    arguments = {
+        "query": rows(query),
+        "key": rows(key),
+        "value": rows(value),
+        "mask": None if attn_mask is None else rows(attn_mask),
+        "cu_seq_q": cu_seq_q,
+        "cu_seq_k": cu_seq_k,
+        "cu_stride_q": cu_seq_q.stride(0) if packed else 0,
+        "cu_stride_k": cu_seq_k.stride(0) if packed else 0,
+        "total_queries": query.shape[-2] if not packed else query.shape[0],
+        "total_keys": key.shape[-2] if not packed else key.shape[0],
+        "heads": heads,
+        "groups": heads // max(kv_heads, 1),  # query heads of each key head
+        "window_left": far if window_left < 0 else min(window_left, far),
+        "window_right": far if window_right < 0 else min(window_right, far),
+        "causal_right": 0 if is_causal else far,
+        "scale": scale,
+        "seed": seed if dropout_p > 0 else None,
+        "dropout_threshold": reference.dropout_threshold(dropout_p),
+        "dropout_scale": 1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
+        "HEAD_SIZE": query.shape[-1],
+        "VALUE_SIZE": value.shape[-1],
+        "BLOCK_D": padded_size(query.shape[-1]),
+        "BLOCK_DV": padded_size(value.shape[-1]),
+        "BANDED": is_causal or window_left >= 0 or window_right >= 0,
+        "MASK_PER_QUERY": attn_mask is not None and attn_mask.shape[2] > 1 and attn_mask.stride(2) != 0,
+    }
+    return Call(
+        sequences=len(cu_seq_q) - 1 if packed else query.shape[0],
+        heads=heads,
+        kv_heads=kv_heads,
+        max_queries=max_queries,
+        max_keys=max_keys,
+        dtype=query.dtype,
+        arguments=arguments,
+    )

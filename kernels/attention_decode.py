@@ -1,0 +1,214 @@
+"""Attention forward for few queries of many keys, as in decoding: the keys are split between programs.
+
+One program computes the queries of all heads that share a key head, stacked in one tile, against one part of the keys;
+a second kernel adds the parts up by their log-sum-exp (Dao et al., "Flash-Decoding", 2023), always in the same order.
+
+Bytes: key and value once, the least there is, and for each part and query an output in float32, a thousandth of that.
+Operations: 4 D for each query and key, padded to 16 queries. Bound: memory.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastformer.kernels.attention import (
+    LOG2E,
+    VARYING,
+    Call,
+    band,
+    hide,
+    keys_of_mask,
+    load_mask,
+    load_rows,
+    row_pointer,
+    row_statistics,
+    rows,
+    sequence_rows,
+    visible,
+    visible_tiles,
+)
+from fastformer.kernels.attention_forward import (
+    finite_maximum,
+    hoists_query,
+    log_sum_exp,
+    online_softmax,
+    without_hidden_values,
+)
+from fastformer.kernels.configs import Config, float32_precision, pick, target
+
+_BLOCK_M = 16  # queries times the heads that share a key head: the least that tl.dot takes
+_MOST_PARTS = 32
+
+
+@triton.jit(do_not_specialize=(*VARYING, "parts", "part_keys"))
+def attention_decode_kernel(
+    query, key, value, mask, output, lse, cu_seq_q, cu_seq_k, cu_stride_q, cu_stride_k, total_queries, total_keys,
+    parts, part_keys, part_stride_output, part_stride_lse, heads, groups, window_left, window_right, causal_right,
+    scale, seed, dropout_threshold, dropout_scale,
+    HEAD_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BANDED: tl.constexpr, MASK_PER_QUERY: tl.constexpr, MASK_PER_HEAD: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HOIST_Q: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    kv_heads = heads // groups
+    part, kv_head, sequence = program % parts, program // parts % kv_heads, program // (parts * kv_heads)
+    first_query, queries = sequence_rows(cu_seq_q, cu_stride_q, sequence, total_queries)
+    first_key, keys = sequence_rows(cu_seq_k, cu_stride_k, sequence, total_keys)
+    row = tl.arange(0, BLOCK_M)
+    query_index, head = row // groups, kv_head * groups + row % groups
+    inside = query_index < queries
+    column_d, column_dv = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_DV)[None, :]
+    q_pointers = row_pointer(query, sequence, head, first_query + query_index)[:, None]
+    q_pointers += column_d.to(tl.int64) * query.stride_column
+    q = tl.load(q_pointers, mask=inside[:, None] & (column_d < HEAD_SIZE), other=0.0)
+
+    begin = part * part_keys
+    end = tl.minimum(begin + part_keys, keys)
+    mask_pointer = None
+    if mask is not None:
+        if MASK_PER_HEAD:
+            mask_pointer = row_pointer(mask, sequence, head, query_index * 0)[:, None]
+        else:
+            mask_pointer = row_pointer(mask, sequence, kv_head * groups, part * 0)
+            if not MASK_PER_QUERY:
+                begin, end, _ = keys_of_mask(mask_pointer, mask, begin, end)
+    lowest, highest = band(queries, keys, window_left, window_right, causal_right)
+    begin, _, _, end = visible_tiles(0, queries, lowest, highest, begin, end, BLOCK_N, BANDED)
+
+    scale *= LOG2E
+    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    l = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    for start in tl.range(begin, end, BLOCK_N, disable_licm=not HOIST_Q):
+        k_pointer = row_pointer(key, sequence, kv_head, first_key + start)
+        v_pointer = row_pointer(value, sequence, kv_head, first_key + start)
+        k = load_rows(k_pointer, key, end - start, BLOCK_N, HEAD_SIZE, BLOCK_D, True)
+        v = load_rows(v_pointer, value, end - start, BLOCK_N, VALUE_SIZE, BLOCK_DV, True)
+        key_index = start + tl.arange(0, BLOCK_N)[None, :]
+        values = load_mask(mask_pointer, mask, query_index[:, None], key_index, queries, end, MASK_PER_QUERY)
+        seen = visible(query_index[:, None], key_index, end, lowest, highest, values, BANDED)
+        scores = hide(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale, seen, values)
+        p, rescale, m, l = online_softmax(scores, tl.max(scores, 1), m, l)
+        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+
+    if tl.max((acc != acc).to(tl.int32)) > 0:
+        acc = without_hidden_values(
+            q, m, key, value, mask, mask_pointer, sequence, head, kv_head, first_key, begin, end, query_index[:, None],
+            queries, lowest, highest, scale, None, 0, HEAD_SIZE, VALUE_SIZE, BLOCK_D, BLOCK_DV, BANDED, MASK_PER_QUERY,
+            PRECISION,
+        )  # fmt: skip
+
+    acc *= tl.where(l == 0, 0.0, 1 / l)[:, None]
+    out_pointers = row_pointer(output, sequence, head, first_query + query_index)[:, None]
+    out_pointers += part.to(tl.int64) * part_stride_output + column_dv * output.stride_column
+    tl.store(out_pointers, acc.to(output.data.dtype.element_ty), mask=inside[:, None] & (column_dv < VALUE_SIZE))
+    lse_pointers = row_pointer(lse, sequence, head, first_query + query_index) + part.to(tl.int64) * part_stride_lse
+    tl.store(lse_pointers, log_sum_exp(m, l), mask=inside)
+
+
+@triton.jit(do_not_specialize=["heads", "queries", "parts"])
+def combine_kernel(
+    part_output, part_lse, output, lse, part_stride_output, part_stride_lse, heads, queries, parts,
+    VALUE_SIZE: tl.constexpr, BLOCK_DV: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """One query of one head: the parts' outputs, weighted by exp(lse)."""
+    program = tl.program_id(0)
+    row, head, sequence = program % queries, program // queries % heads, program // (queries * heads)
+    part, column = tl.arange(0, PARTS), tl.arange(0, BLOCK_DV)[None, :]
+    lse_pointers = row_pointer(part_lse, sequence, head, row) + part.to(tl.int64) * part_stride_lse
+    x = tl.load(lse_pointers, mask=part < parts, other=float("-inf")) * LOG2E
+    out_pointers = row_pointer(part_output, sequence, head, row) + part.to(tl.int64)[:, None] * part_stride_output
+    inside = (part < parts)[:, None] & (column < VALUE_SIZE)
+    outputs = tl.load(out_pointers + column * part_output.stride_column, mask=inside, other=0.0)
+    m = tl.max(x, 0)
+    weights = tl.exp2(x - finite_maximum(m))
+    l = tl.sum(weights, 0)
+    out = tl.sum(weights[:, None] * outputs, 0)[None, :] * tl.where(l == 0, 0.0, 1 / l)
+    out_pointers = row_pointer(output, sequence, head, row) + column * output.stride_column
+    tl.store(out_pointers, out.to(output.data.dtype.element_ty), mask=column < VALUE_SIZE)
+    tl.store(row_pointer(lse, sequence, head, row), log_sum_exp(m, l))
+
+
+def _configs(call: Call) -> list[Config]:
+    """Best guess first; not measured."""
+    size = max(call.block_d, call.block_dv)
+    if target() == "interpreter":
+        return [Config({"BLOCK_N": 32})]
+    float32 = call.dtype == torch.float32
+    if target().startswith("gfx1"):  # spills for heads of more than 128, in float32 of more than 64
+        return [Config({"BLOCK_N": 16}, num_warps=8 if float32 else 4, num_stages=3)]
+    if float32 and target().startswith("gfx"):
+        return [Config({"BLOCK_N": 16}, num_warps=8, num_stages=2)]
+    if float32:
+        return [Config({"BLOCK_N": 32}, 8, 3) if size <= 128 else Config({"BLOCK_N": 16}, 16, 3)]
+    if target() == "sm_90" and size <= 64:
+        return [Config({"BLOCK_N": keys}, num_stages=3) for keys in (128, 32)]
+    return [Config({"BLOCK_N": keys}, num_stages=3) for keys in ((64, 32) if size <= 128 else (32, 64))]
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return 8 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _parts(call: Call, device: torch.device, block_n: int) -> int:
+    """Enough for two programs on each multiprocessor, but none with fewer than four tiles of keys."""
+    programs = call.kv_heads * call.sequences
+    wanted = triton.cdiv(2 * _multiprocessors(device), programs)
+    return max(min(wanted, call.max_keys // (4 * block_n), _MOST_PARTS), 1)
+
+
+def attention_decode(call: Call, output: Tensor, lse: Tensor) -> bool:
+    """Writes output and lse as attention_forward does, if the call is one for this; was it?"""
+    groups = call.arguments["groups"]
+    programs = call.kv_heads * call.sequences
+    if call.has_dropout or programs == 0 or not 0 < call.max_queries * groups <= _BLOCK_M:
+        return False
+    config = pick(
+        "attention_decode", _configs(call), dtype=str(call.dtype), block_d=call.block_d, block_dv=call.block_dv
+    )
+    block_n = config.tiles["BLOCK_N"]
+    parts = _parts(call, output.device, block_n)
+    if parts == groups == 1:
+        return False
+    part_output, part_lse = output[None], lse[None]
+    if parts > 1:
+        part_output = output.new_empty(parts, *output.shape, dtype=torch.float32)
+        part_lse = lse.new_empty(parts, *lse.shape)
+    mask = call.arguments["mask"]
+    attention_decode_kernel[(parts * programs,)](
+        **call.arguments,
+        output=rows(part_output[0])._replace(data=part_output),
+        lse=row_statistics(part_lse[0])._replace(data=part_lse),
+        parts=parts,
+        part_keys=triton.cdiv(triton.cdiv(call.max_keys, parts), block_n) * block_n,
+        part_stride_output=part_output.stride(0),
+        part_stride_lse=part_lse.stride(0),
+        MASK_PER_HEAD=mask is not None and groups > 1 and mask.stride_head != 0,
+        PRECISION=float32_precision(),
+        BLOCK_M=_BLOCK_M,
+        HOIST_Q=hoists_query(call),
+        **config.arguments(),
+    )
+    if parts > 1:
+        combine_kernel[(lse.numel(),)](
+            rows(part_output[0])._replace(data=part_output),
+            row_statistics(part_lse[0])._replace(data=part_lse),
+            rows(output),
+            row_statistics(lse),
+            part_output.stride(0),
+            part_lse.stride(0),
+            call.heads,
+            lse.shape[-1],
+            parts,
+            VALUE_SIZE=call.arguments["VALUE_SIZE"],
+            BLOCK_DV=call.block_dv,
+            PARTS=triton.next_power_of_2(parts),
+            num_warps=4,
+        )
+    return True

@@ -1,0 +1,276 @@
+"""Attention forward, padded or packed: output and the log-sum-exp of each row.
+
+One program computes BLOCK_M queries of one head against the keys that they see, BLOCK_N at a time, with an online
+softmax (Dao, "FlashAttention-2", 2023). Tiles that are seen whole run in a loop without any check, those that nobody
+sees are left out.
+
+Bytes: query and output once, key and value once for each tile of queries (from L2, where a head's keys fit), lse; no
+score leaves the chip. Operations: 2 (D + Dv) and one exp2 for each score of the visible tiles. Bound: tensor cores for
+16-bit from some hundred keys on, exp2 beside them where heads are small; float32 by its fused multiply-adds.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastformer.kernels.attention import (
+    LN2,
+    LOG2E,
+    VARYING,
+    Call,
+    band,
+    dropout_keeps_tile,
+    hide,
+    keys_of_mask,
+    load_mask,
+    load_rows,
+    row_pointer,
+    row_statistics,
+    rows,
+    sequence_rows,
+    skip_whole,
+    store_rows,
+    visible,
+    visible_tiles,
+)
+from fastformer.kernels.configs import Config, float32_precision, pick, target
+
+
+@triton.jit
+def finite_maximum(m):
+    """0 for a row that has seen no key."""
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def online_softmax(scores, tile_maximum, m, l):
+    """(p, rescale, m, l): the tile's probabilities, what to multiply by what was summed before, and the rows' new
+    maximum and sum. Scores in units of log2, -inf where hidden."""
+    m_new = tl.maximum(m, tile_maximum)
+    shift = finite_maximum(m_new)
+    p = tl.exp2(scores - shift[:, None])
+    rescale = tl.exp2(m - shift)
+    return p, rescale, m_new, l * rescale + tl.sum(p, 1)
+
+
+@triton.jit
+def without_hidden_values(
+    q, m, key, value, mask, mask_pointer, sequence, head, kv_head, first_key, begin, end, query_index, queries, lowest,
+    highest, scale, seed, dropout_threshold,
+    HEAD_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BANDED: tl.constexpr, MASK_PER_QUERY: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The sum of the values again, for a tile whose sum is NaN: of a key or value that is seen, or only because the 0
+    of a hidden key was multiplied by a value that is not finite. Those are left out; for one that is seen, NaN.
+
+    The maximum m of each row is known. Few keys at a time, so that this takes no more registers than the first pass.
+    """
+    KEYS: tl.constexpr = 16
+    acc = tl.zeros((q.shape[0], BLOCK_DV), tl.float32)
+    for start in tl.range(begin, end, KEYS, num_stages=1, disable_licm=True):
+        k_pointer = row_pointer(key, sequence, kv_head, first_key + start)
+        v_pointer = row_pointer(value, sequence, kv_head, first_key + start)
+        k = load_rows(k_pointer, key, end - start, KEYS, HEAD_SIZE, BLOCK_D, True)
+        v = load_rows(v_pointer, value, end - start, KEYS, VALUE_SIZE, BLOCK_DV, True)
+        key_index = start + tl.arange(0, KEYS)[None, :]
+        values = load_mask(mask_pointer, mask, query_index, key_index, queries, end, MASK_PER_QUERY)
+        seen = visible(query_index, key_index, end, lowest, highest, values, BANDED)
+        scores = hide(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale, seen, values)
+        p = tl.exp2(scores - finite_maximum(m)[:, None])
+        if seed is not None:
+            keeps = dropout_keeps_tile(tl.load(seed), dropout_threshold, start, KEYS, query_index, head, sequence)
+            p = tl.where(keeps, p, 0.0)
+        finite = tl.abs(v) < float("inf")
+        acc = tl.dot(p.to(v.dtype), tl.where(finite, v, 0.0), acc, input_precision=PRECISION)
+        seen = tl.broadcast_to(seen, p.shape).to(v.dtype)
+        not_finite = tl.dot(seen, tl.where(finite, 0.0, 1.0).to(v.dtype), input_precision=PRECISION)
+        acc += tl.where(not_finite > 0, float("nan"), 0.0)
+    return acc
+
+
+@triton.jit
+def log_sum_exp(m, l):
+    """Natural; -inf for a row that has seen no key."""
+    return (m + tl.log2(l)) * LN2
+
+
+@triton.jit(do_not_specialize=VARYING)
+def attention_forward_kernel(
+    query, key, value, mask, output, lse, cu_seq_q, cu_seq_k, cu_stride_q, cu_stride_k, total_queries, total_keys,
+    tiles, heads, groups, window_left, window_right, causal_right, scale, seed, dropout_threshold, dropout_scale,
+    HEAD_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BANDED: tl.constexpr, MASK_PER_QUERY: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HOIST_Q: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    sequence, head = program // (tiles * heads), program // tiles % heads
+    first = (tiles - 1 - program % tiles) * BLOCK_M  # causal: those with most keys begin first
+    first_query, queries = sequence_rows(cu_seq_q, cu_stride_q, sequence, total_queries)
+    first_key, keys = sequence_rows(cu_seq_k, cu_stride_k, sequence, total_keys)
+    if first >= queries:
+        return
+    kv_head = head // groups
+    q = load_rows(
+        row_pointer(query, sequence, head, first_query + first), query, queries - first, BLOCK_M, HEAD_SIZE, BLOCK_D,
+        True,
+    )  # fmt: skip
+    q = tl.where(scale < 0, -q, q)  # so that a row's maximum can be taken before the scale
+    scale = tl.abs(scale) * LOG2E
+    query_index = first + tl.arange(0, BLOCK_M)[:, None]
+
+    begin, end = keys * 0, keys
+    mask_pointer = None
+    if mask is not None:
+        mask_pointer = row_pointer(mask, sequence, head, first * 0)
+        if not MASK_PER_QUERY:
+            begin, end, plain = keys_of_mask(mask_pointer, mask, begin, end)
+    lowest, highest = band(queries, keys, window_left, window_right, causal_right)
+    begin, whole_begin, whole_end, end = visible_tiles(
+        first, tl.minimum(queries - first, BLOCK_M), lowest, highest, begin, end, BLOCK_N, BANDED
+    )
+    if MASK_PER_QUERY:
+        whole_end = whole_begin
+    elif mask is not None:
+        whole_end = tl.where(plain, whole_end, whole_begin)
+
+    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    l = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    for CHECKED in tl.static_range(MASK_PER_QUERY, 2):  # the tiles that are seen whole, then the others
+        loop_begin, loop_end = whole_begin, whole_end
+        if CHECKED:
+            loop_begin, loop_end = begin, end - (whole_end - whole_begin)
+        # Loads are only fetched ahead of a product under a condition where the number of stages is written out.
+        for loop_start in tl.range(
+            loop_begin, loop_end, BLOCK_N, num_stages=2 if MASK_PER_QUERY else None, disable_licm=not HOIST_Q
+        ):
+            start = skip_whole(loop_start, whole_begin, whole_end) if CHECKED else loop_start
+            k_pointer = row_pointer(key, sequence, kv_head, first_key + start)
+            v_pointer = row_pointer(value, sequence, kv_head, first_key + start)
+            k = load_rows(k_pointer, key, keys - start, BLOCK_N, HEAD_SIZE, BLOCK_D, CHECKED)
+            v = load_rows(v_pointer, value, keys - start, BLOCK_N, VALUE_SIZE, BLOCK_DV, CHECKED)
+            any_seen = True
+            if CHECKED:
+                key_index = start + tl.arange(0, BLOCK_N)[None, :]
+                values = load_mask(mask_pointer, mask, query_index, key_index, queries, keys, MASK_PER_QUERY)
+                seen = visible(query_index, key_index, keys, lowest, highest, values, BANDED)
+                if MASK_PER_QUERY:
+                    any_seen = tl.max(seen.to(tl.int32)) > 0
+            if any_seen:
+                scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+                if CHECKED:
+                    scores = hide(scores * scale, seen, values)
+                    tile_maximum = tl.max(scores, 1)
+                else:
+                    tile_maximum = tl.max(scores, 1) * scale
+                    scores *= scale
+                p, rescale, m, l = online_softmax(scores, tile_maximum, m, l)
+                if seed is not None:
+                    keeps = dropout_keeps_tile(
+                        tl.load(seed), dropout_threshold, start, BLOCK_N, query_index, head, sequence
+                    )
+                    p = tl.where(keeps, p, 0.0)
+                acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+
+    if tl.max((acc != acc).to(tl.int32)) > 0:
+        acc = without_hidden_values(
+            q, m, key, value, mask, mask_pointer, sequence, head, kv_head, first_key, begin, end, query_index, queries,
+            lowest, highest, scale, seed, dropout_threshold, HEAD_SIZE, VALUE_SIZE, BLOCK_D, BLOCK_DV, BANDED,
+            MASK_PER_QUERY, PRECISION,
+        )  # fmt: skip
+
+    acc *= tl.where(l == 0, 0.0, dropout_scale / l)[:, None]
+    output_pointer = row_pointer(output, sequence, head, first_query + first)
+    store_rows(output_pointer, output, acc, queries - first, VALUE_SIZE)
+    lse_pointers = row_pointer(lse, sequence, head, first_query + first) + tl.arange(0, BLOCK_M) * lse.stride_row
+    tl.store(lse_pointers, log_sum_exp(m, l), mask=tl.arange(0, BLOCK_M) < queries - first)
+
+
+# (BLOCK_M, BLOCK_N, num_warps, num_stages) by the padded head size, the larger one of key and value: the best guess
+# first. Not measured: chosen so that nothing spills (but RDNA and tf32x3 at 256 do) and that
+# the shared memory is there on every GPU of the family.
+_PLAIN = {
+    "mma": {64: [(128, 64, 8, 2), (128, 32, 8, 2)], 128: [(128, 32, 8, 2), (64, 64, 8, 2)], 256: [(64, 32, 8, 2)]},
+    "wgmma": {64: [(128, 128, 8, 2), (128, 64, 8, 3)], 128: [(128, 64, 8, 2), (64, 64, 8, 2)], 256: [(64, 32, 8, 2)]},
+    "cdna": {64: [(128, 64, 4, 2), (64, 64, 4, 2)], 128: [(64, 64, 4, 2)], 256: [(64, 32, 4, 2)]},
+    "rdna": {64: [(64, 32, 8, 2), (32, 16, 8, 2)], 128: [(32, 16, 8, 2)], 256: [(16, 16, 8, 2)]},
+    "float32": {64: [(32, 64, 8, 2), (32, 32, 8, 2)], 128: [(16, 64, 16, 2), (16, 32, 8, 2)], 256: [(16, 32, 16, 2)]},
+    "float32 cdna": {64: [(64, 32, 8, 2)], 128: [(32, 32, 4, 2)], 256: [(32, 16, 4, 2)]},
+    "float32 rdna": {64: [(16, 16, 8, 2)], 128: [(16, 16, 16, 2)], 256: [(16, 16, 16, 2)]},
+    "tf32x3": {64: [(32, 64, 8, 2)], 128: [(16, 64, 8, 2)], 256: [(16, 16, 8, 2)]},
+}
+_DROPOUT = {  # its words are drawn for 64 keys at once, or for each key by itself
+    "mma": {64: [(64, 64, 8, 2)], 128: [(64, 64, 8, 2)], 256: [(32, 64, 8, 1)]},
+    "wgmma": {64: [(128, 64, 8, 3), (64, 64, 8, 2)], 128: [(64, 64, 8, 2)], 256: [(32, 64, 8, 1)]},
+    "cdna": {64: [(64, 64, 4, 2), (128, 64, 4, 2)], 128: [(64, 64, 4, 2)], 256: [(32, 64, 4, 1)]},
+    "rdna": {64: [(32, 16, 8, 2)], 128: [(32, 16, 8, 2)], 256: [(16, 16, 8, 2)]},
+    "float32": {64: [(16, 64, 8, 2)], 128: [(16, 64, 16, 2)], 256: [(16, 32, 16, 2)]},
+    "float32 cdna": {64: [(16, 64, 8, 2)], 128: [(32, 32, 4, 2)], 256: [(32, 16, 4, 2)]},
+    "float32 rdna": {64: [(16, 16, 8, 2)], 128: [(16, 16, 16, 2)], 256: [(16, 16, 16, 2)]},
+    "tf32x3": {64: [(16, 64, 8, 2)], 128: [(16, 64, 8, 2)], 256: [(16, 16, 8, 2)]},
+}
+_MASK_PER_QUERY = {
+    "mma": {64: [(128, 32, 8, 2)], 128: [(64, 32, 8, 2)], 256: [(64, 32, 8, 2)]},
+    "wgmma": {64: [(128, 64, 8, 3), (128, 32, 8, 2)], 128: [(64, 64, 8, 2)], 256: [(64, 32, 8, 2)]},
+    "cdna": {64: [(64, 64, 4, 2), (128, 64, 4, 2)], 128: [(64, 64, 4, 2)], 256: [(64, 32, 4, 2)]},
+    "rdna": {64: [(64, 32, 8, 2), (32, 16, 8, 2)], 128: [(32, 16, 8, 2)], 256: [(16, 16, 8, 2)]},
+    "float32": {64: [(32, 32, 8, 2)], 128: [(16, 32, 8, 2)], 256: [(16, 16, 8, 2)]},
+    "float32 cdna": {64: [(32, 32, 8, 2)], 128: [(16, 32, 8, 2)], 256: [(16, 16, 8, 2)]},
+    "float32 rdna": {64: [(16, 16, 8, 2)], 128: [(16, 16, 16, 2)], 256: [(16, 16, 16, 2)]},
+    "tf32x3": {64: [(32, 32, 8, 2)], 128: [(16, 32, 8, 2)], 256: [(16, 16, 8, 2)]},
+}
+
+
+def hoists_query(call: Call) -> bool:
+    """May it be in registers as an operand throughout the loop? Not where a thread would have whole rows of it, which
+    spill: without tensor cores, and with RDNA's, whose lanes hold every element twice."""
+    if target().startswith("gfx1"):
+        return max(call.block_d, call.block_dv) <= 64
+    return call.dtype != torch.float32 or float32_precision() != "ieee"
+
+
+def _configs(call: Call) -> list[Config]:
+    if target() == "interpreter":
+        return [Config({"BLOCK_M": 32, "BLOCK_N": 64 if call.has_dropout else 32})]
+    if target().startswith("gfx"):
+        family = "cdna" if target().startswith("gfx9") else "rdna"
+    else:
+        family = "wgmma" if target() in ("sm_90", "sm_100", "sm_103") else "mma"
+    if call.dtype == torch.float32:
+        family = f"float32 {family}" if target().startswith("gfx") else "float32"
+        if float32_precision() == "tf32x3":
+            family = "tf32x3"
+    table = _DROPOUT if call.has_dropout else _MASK_PER_QUERY if call.arguments["MASK_PER_QUERY"] else _PLAIN
+    size = max(call.block_d, call.block_dv, 64)
+    table_rows = table[family][size]
+    if call.has_dropout and call.arguments["MASK_PER_QUERY"] and family == "mma" and size == 64:
+        table_rows = [(64, 32, 8, 2)]
+    return [Config({"BLOCK_M": m, "BLOCK_N": n}, warps, stages) for m, n, warps, stages in table_rows]
+
+
+def attention_forward(call: Call, output: Tensor, lse: Tensor) -> None:
+    """Writes output, (B, H, Sq, Dv) or (Tq, H, Dv), and lse, float32 (B, H, Sq) or (H, Tq)."""
+    config = pick(
+        "attention_forward",
+        _configs(call),
+        dtype=str(call.dtype),
+        precision=float32_precision(),
+        block_d=call.block_d,
+        block_dv=call.block_dv,
+        dropout=call.has_dropout,
+        dense_mask=call.arguments["MASK_PER_QUERY"],
+    )
+    tiles = triton.cdiv(call.max_queries, config.tiles["BLOCK_M"])
+    programs = tiles * call.heads * call.sequences
+    if programs == 0:
+        return
+    attention_forward_kernel[(programs,)](
+        **call.arguments,
+        output=rows(output),
+        lse=row_statistics(lse),
+        tiles=tiles,
+        PRECISION=float32_precision(),
+        HOIST_Q=hoists_query(call),
+        **config.arguments(),
+    )

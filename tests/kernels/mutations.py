@@ -1,0 +1,116 @@
+"""Planted mistakes that the tests of the ops must find, under the interpreter: do the tests test?
+
+    python tests/kernels/mutations.py [--only WORD] [--jobs 2] [--write]
+
+Each mistake goes into a copy of kernels/; the tests that `make test` runs for that op must fail on it. --write puts the
+table into docs/verification.md.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from mistakes import MISTAKES
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "verification.md"
+SECONDS = 1200  # for the tests of one mistake
+
+
+@dataclass(frozen=True)
+class Mutation:
+    what: str
+    file: str  # in kernels/
+    function: str  # in which `old` stands once
+    old: str
+    new: str
+    tests: tuple[str, ...]  # in tests/
+
+    def apply(self, kernels: Path) -> None:
+        path = kernels / self.file
+        text = path.read_text()
+        begin = text.index(f"def {self.function}(")
+        following = re.search(r"\n(?=@triton|def |class |\w+ = )", text[begin:])
+        end = begin + following.start() if following else len(text)
+        function = text[begin:end]
+        if function.count(self.old) != 1:
+            times = function.count(self.old)
+            raise ValueError(f"{self.what}: {self.function} in {self.file} has {times} times {self.old!r}")
+        path.write_text(text[:begin] + function.replace(self.old, self.new) + text[end:])
+
+
+MUTATIONS = [
+    Mutation(what, file, function, old, new, tests)
+    for (tests, file, function), mistakes in MISTAKES.items()
+    for what, (old, new) in mistakes.items()
+]
+
+
+def run_tests(mutation: Mutation | None, tests: list[str]) -> subprocess.CompletedProcess:
+    """On a copy of the kernels, with the mistake in it."""
+    with tempfile.TemporaryDirectory() as directory:
+        copy = Path(directory)
+        for folder in ("kernels", "tests"):
+            shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        (copy / "fastformer").mkdir()
+        for path in (ROOT / "fastformer").iterdir():
+            (copy / "fastformer" / path.name).symlink_to(copy / "kernels" if path.name == "kernels" else path)
+        if mutation is not None:
+            mutation.apply(copy / "kernels")
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "--tb=no", "-p", "no:cacheprovider"]
+        environment = os.environ | {"PYTHONPATH": directory, "TRITON_INTERPRET": "1", "FASTFORMER_BACKEND": "triton"}
+        environment |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "1000"}
+        return subprocess.run(
+            [*command, *tests], cwd=copy, env=environment, capture_output=True, text=True, timeout=SECONDS
+        )
+
+
+def caught_by(mutation: Mutation) -> str | None:
+    """The first test that fails on it; None: all pass."""
+    try:
+        run = run_tests(mutation, [f"tests/{name}" for name in mutation.tests])
+    except subprocess.TimeoutExpired:
+        return f"no end within {SECONDS} s"
+    failed = re.search(r"^FAILED (.*?)(?: - |$)", run.stdout, re.MULTILINE)
+    if failed is None and run.returncode != 0:
+        raise RuntimeError(f"{mutation.what}: the tests did not run\n{run.stdout}\n{run.stderr}")
+    return failed[1] if failed else None
+
+
+def main(
+    only: Annotated[str, typer.Option(help="only those whose file or description has this in it")] = "",
+    jobs: Annotated[int, typer.Option(help="at the same time")] = min(os.cpu_count() or 1, 8),
+    write: Annotated[bool, typer.Option(help="put the table into docs/verification.md")] = False,
+) -> None:
+    chosen = [m for m in MUTATIONS if only in f"{m.file} {m.what}"]
+    rows = []
+    with ThreadPoolExecutor(jobs) as pool:
+        for mutation, test in zip(chosen, pool.map(caught_by, chosen), strict=True):
+            rows.append((mutation.file, mutation.what, test))
+            print(f"{mutation.file}: {mutation.what}: {test or 'FOUND BY NO TEST'}", flush=True)
+    named = sorted({test for _, _, test in rows if test and "::" in test})
+    if named and (clean := run_tests(None, named)).returncode != 0:
+        raise RuntimeError(f"these tests fail without a mistake, too\n{clean.stdout}")
+    if write:
+        found_by = [f"`{test.removeprefix('tests/')}`" if test else "nothing" for _, _, test in rows]
+        lines = [f"| {m.file} | {m.what} | {test} |" for m, test in zip(chosen, found_by, strict=True)]
+        begin, end = "<!-- mutations -->\n", "<!-- end of mutations -->"
+        head, rest = PAGE.read_text().split(begin)
+        block = ["| file | mistake | found by |", "| --- | --- | --- |", *lines]
+        PAGE.write_text(head + begin + "\n".join(block) + "\n" + end + rest.split(end)[1])
+    raise typer.Exit(any(test is None for _, _, test in rows))
+
+
+if __name__ == "__main__":
+    typer.run(main)

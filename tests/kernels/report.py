@@ -1,0 +1,106 @@
+"""Registers, stack, spills, shared memory and tensor-core instructions of every Triton kernel, without a GPU.
+
+python tests/kernels/report.py                       all of it, and docs/kernel_budgets.md
+python tests/kernels/report.py --target sm_90 --call "attention 128" --kind bfloat16
+python tests/kernels/report.py --set-budgets         budgets.json from what is compiled now, for people to review
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from concurrent.futures import ProcessPoolExecutor
+from typing import Annotated
+
+import budgets
+import typer
+from aot import ROOT, TARGETS, Facts
+from calls import cases
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+PAGE = ROOT / "docs" / "kernel_budgets.md"
+HEADER = (
+    "call",
+    "dtype",
+    "target",
+    "kernel",
+    "warps",
+    "stages",
+    "registers",
+    "stack",
+    "spills",
+    "shared",
+    "tensor cores",
+)
+Case = tuple[str, str, str]  # target, call, kind
+
+
+def compiled(case: Case) -> dict[str, Facts] | str:
+    """The facts of its kernels, or why it can't be compiled."""
+    try:
+        return budgets.compile_call(*case)
+    except Exception:
+        return traceback.format_exc(limit=-3)
+
+
+def row(target: str, call: str, kind: str, name: str, facts: Facts) -> list[str]:
+    matrix = ", ".join(f"{count} {kind}" for kind, count in facts.tensor_cores.items())
+    numbers = facts.warps, facts.stages, facts.registers, facts.stack, facts.spills, facts.shared
+    return [call, kind, target, name, *map(str, numbers), matrix]
+
+
+def main(
+    target: Annotated[list[str] | None, typer.Option(help="only this one; may be repeated")] = None,
+    call: Annotated[str, typer.Option(help="only calls whose name has this in it")] = "",
+    kind: Annotated[str, typer.Option(help="only this one: bfloat16, float16, float32 or tf32x3")] = "",
+    jobs: Annotated[int, typer.Option(help="processes")] = min(os.cpu_count() or 1, 8),
+    set_budgets: Annotated[bool, typer.Option(help="write budgets.json")] = False,
+) -> None:
+    chosen = [(t, name, k) for t, name, k in cases(target or TARGETS) if call in name and kind in k]
+    limits = budgets.load()
+    table, rows, failures = Table(*HEADER, "faults"), [], 0
+    with ProcessPoolExecutor(jobs) as pool:
+        results = pool.map(compiled, chosen)
+        for (t, name, k), kernels in zip(chosen, track(results, "compiling", len(chosen)), strict=True):
+            if isinstance(kernels, str):
+                failures += 1
+                table.add_row(name, k, t, "-", *7 * [""], f"[red]{kernels.strip()[-2000:]}")
+                continue
+            if set_budgets:
+                entry = {kernel: budgets.budget_of(facts) for kernel, facts in kernels.items()}
+                limits.setdefault(name, {}).setdefault(k, {})[t] = entry
+            for kernel, facts in kernels.items():
+                limit = limits.get(name, {}).get(k, {}).get(t, {}).get(kernel)
+                found = budgets.faults(t, k, facts, limit) + ([] if limit else ["no budget"])
+                failures += bool(found)
+                rows.append(row(t, name, k, kernel, facts))
+                table.add_row(*rows[-1], f"[red]{'; '.join(found)}")
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    if set_budgets:
+        budgets.save(limits)
+    if not (target or call or kind):
+        write_page(rows)
+    raise typer.Exit(failures > 0)
+
+
+def write_page(rows: list[list[str]]) -> None:
+    lines = [
+        "# What the kernels use",
+        "",
+        "From the machine code that Triton makes for each GPU, compiled without one: `make kernel-report` writes this "
+        "page, [verification](verification.md) tells how. Registers and stack (bytes) are a thread's, shared memory "
+        "(bytes) a program's; spills are loads and stores of spilled registers. None of this is a speed.",
+        "",
+        f"| {' | '.join(HEADER)} |",
+        f"|{' --- |' * len(HEADER)}",
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,78 @@
+"""Every Triton kernel compiles for every GPU, and its machine code is within its budget: see docs/verification.md."""
+
+import os
+
+import pytest
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("nothing is compiled under the interpreter", allow_module_level=True)
+
+pytest.importorskip("triton")
+
+import budgets
+from aot import TARGETS, compiling_for
+from calls import BF16, attention, cases, layer_norm, linear, masked_attention, varlen
+
+BUDGETS = budgets.load()
+
+# A fast choice for every day: one NVIDIA and one AMD GPU, and what is most likely to spill.
+FAST = {
+    ("sm_90", "layer_norm 768", "bfloat16"),
+    ("sm_80", "add_layer_norm 1024, dropout", "bfloat16"),
+    ("sm_80", "linear 768 to 768, dropout", "bfloat16"),
+    ("sm_90", "linear 768 to 2304, one row", "float32"),
+    ("sm_90", "feed_forward 768, gelu", "bfloat16"),
+    ("sm_80", "attention 64, padding, dropout", "bfloat16"),
+    ("sm_90", "attention 128, causal", "bfloat16"),
+    ("gfx942", "attention 64, causal", "bfloat16"),
+    ("sm_90", "decode 64", "float32"),
+    ("sm_90", "varlen_attn 64", "bfloat16"),
+    ("sm_90", "linear_cross_entropy 768 to 30522", "bfloat16"),
+}
+
+
+def every_case() -> list:
+    marks = {True: (), False: pytest.mark.slow}
+    return [pytest.param(*case, id="-".join(case), marks=marks[case in FAST]) for case in cases(TARGETS)]
+
+
+@pytest.mark.parametrize("target, call, kind", every_case())
+def test_within_budget(target, call, kind):
+    limits = BUDGETS.get(call, {}).get(kind, {}).get(target, {})
+    faults = []
+    for name, facts in budgets.compile_call(target, call, kind).items():
+        found = budgets.faults(target, kind, facts, limits.get(name)) + ([] if name in limits else ["no budget"])
+        faults += [f"{name}: {fault}" for fault in found]
+    assert not faults, f"{call}, {kind}, {target}: " + "; ".join(faults)
+
+
+SIZES = {
+    "layer_norm": lambda batch, sequence: layer_norm(BF16, batch=batch, sequence=sequence),
+    "linear": lambda batch, sequence: linear(BF16, batch=batch, sequence=sequence, activation="gelu"),
+    "attention": lambda batch, sequence: attention(BF16, batch=batch, sequence=sequence, is_causal=True),
+    "attention, mask": lambda batch, sequence: masked_attention(BF16, batch=batch, sequence=sequence),
+    "varlen_attn": lambda batch, sequence: varlen(BF16, rows=batch * sequence),
+}
+
+
+def launches(call, *sizes: tuple[int, int]) -> set[str]:
+    with compiling_for("sm_80") as kernels:
+        for size in sizes:
+            call(*size)
+    return {kernel.hash for kernel in kernels}
+
+
+@pytest.mark.parametrize("call", SIZES.values(), ids=SIZES)
+def test_no_compilation_for_a_new_size(call):
+    """Another batch or sequence length takes the kernels that are there. Lengths that are no multiple of 16 may want
+    their own, once: then a mask's rows are not aligned."""
+    even = launches(call, (8, 512))
+    assert launches(call, (3, 512), (8, 256), (16, 1024), (5, 768)) == even
+    odd = launches(call, (8, 77))
+    assert launches(call, (3, 77), (5, 101), (7, 999)) <= even | odd
+    assert len(even | odd) <= 2 * len(even)
+
+
+def test_budgets_are_of_calls_that_exist():
+    known = {(target, call, kind) for call, kinds in BUDGETS.items() for kind in kinds for target in kinds[kind]}
+    assert known == set(cases(TARGETS)) >= FAST
