@@ -36,7 +36,7 @@ def get_requires_for_build_editable(config_settings=None) -> list[str]:
 
 
 def library_requirements() -> list[str]:
-    if reason_not_to_build():
+    if reason_not_to_build() and reason_not_to_build_cuda():
         return []
     return ["ninja"] if torch_folder() else ["ninja", f"torch>={MIN_TORCH[0]}.{MIN_TORCH[1]}"]
 
@@ -58,6 +58,37 @@ def compiler() -> list[str] | None:
     named = shlex.split(os.environ.get("CXX", ""))
     candidates = [named] if named else [["g++"], ["c++"], ["clang++"]]
     return next((command for command in candidates if shutil.which(command[0])), None)
+
+
+def cuda_toolkit() -> Path | None:
+    """The folder of nvcc and of CUDA's static runtime: CUDA_HOME if that is set, else by PATH, else /usr/local/cuda."""
+    named, on_path = os.environ.get("CUDA_HOME"), shutil.which("nvcc")
+    folders = [Path(on_path).resolve().parents[1]] if on_path else []
+    folders = [Path(named)] if named else [*folders, Path("/usr/local/cuda")]
+    needed = ("bin/nvcc", "lib64/libcudart_static.a")
+    return next((folder for folder in folders if all((folder / file).exists() for file in needed)), None)
+
+
+def reason_not_to_build_cuda() -> str | None:
+    """Why the library of CUDA kernels will not be built and what to do about it, or None when it will be."""
+    choice = os.environ.get("FASTFORMER_CUDA", "auto")
+    if choice not in ("auto", "0", "1"):
+        raise SystemExit(f"FASTFORMER_CUDA: got {choice!r}, expected auto, 0 or 1")
+    if choice == "0":
+        return "fastformer was installed with FASTFORMER_CUDA=0: unset it and install fastformer again"
+    torch = torch_folder()
+    if sys.platform != "linux":
+        reason = f"the CUDA kernels are built on Linux only, and this is {platform.system()}"
+    elif cuda_toolkit() is None:
+        what = "the CUDA toolkit (bin/nvcc, lib64/libcudart_static.a) was not found"
+        reason = f"{what} when fastformer was installed: install it, or set CUDA_HOME"
+    elif choice == "auto" and not (torch and re.search(r"^cuda.* = '", (torch / "version.py").read_text(), re.M)):
+        return "fastformer was installed for a torch without CUDA: FASTFORMER_CUDA=1 builds the kernels all the same"
+    else:
+        return None
+    if choice == "1":
+        raise SystemExit(f"FASTFORMER_CUDA=1, but {reason}")
+    return reason
 
 
 def reason_not_to_build() -> str | None:

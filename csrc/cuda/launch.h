@@ -1,0 +1,73 @@
+// How the host side of an op starts a kernel.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <string>
+#include <utility>
+
+#include "device.h"
+
+#ifdef __CUDACC__
+// Only a CUDA build of torch has it; another one must still be able to load the library, for the schemas.
+#pragma weak aoti_torch_get_current_cuda_stream
+#endif
+
+namespace fastformer {
+
+// The tensor's device and torch's current stream on it, until the end of the block.
+class OnDeviceOf {
+ public:
+#ifdef __CUDACC__
+  explicit OnDeviceOf(const torch::stable::Tensor& tensor) : guard_(tensor.get_device_index()) {
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "this build of torch has no CUDA");
+    void* stream;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+  cudaStream_t stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_;
+#else
+  explicit OnDeviceOf(const torch::stable::Tensor&) {}
+#endif
+};
+
+struct Launch {
+  const char* kernel;
+  std::initializer_list<std::pair<const char*, int64_t>> shape;  // for messages: {"rows", rows}, ...
+  dim3 blocks, threads;
+  size_t shared_bytes = 0;  // dynamic
+};
+
+inline std::string text(const Launch& launch) {
+  std::string text = std::string("fastformer_cuda ") + launch.kernel + " (";
+  for (const auto& [name, size] : launch.shape)
+    text += (text.back() == '(' ? "" : ", ") + std::string(name) + " " + std::to_string(size);
+  return text + ")";
+}
+
+template <class... Parameters, class... Arguments>
+void launch(const OnDeviceOf& device, const Launch& launch, void (*kernel)(Parameters...),
+            const Arguments&... arguments) {
+#ifdef __CUDACC__
+  cudaError_t error = cudaSuccess;
+  if (launch.shared_bytes > 48 * 1024)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(launch.shared_bytes));
+  if (error == cudaSuccess) {
+    kernel<<<launch.blocks, launch.threads, launch.shared_bytes, device.stream()>>>(arguments...);
+    error = cudaGetLastError();
+  }
+  STD_TORCH_CHECK(error == cudaSuccess, text(launch), ": ", cudaGetErrorString(error));
+#else
+  (void)device;
+  const dim3 b = launch.blocks, t = launch.threads;
+  ::sim::launch(text(launch), {b.x, b.y, b.z}, {t.x, t.y, t.z}, launch.shared_bytes, [&] { kernel(arguments...); });
+#endif
+}
+
+}  // namespace fastformer

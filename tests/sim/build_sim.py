@@ -1,0 +1,93 @@
+"""Builds the simulator's library: the kernels of csrc/cuda, compiled by g++, as raw ops for CPU tensors (docs/sim.md).
+
+    python tests/sim/build_sim.py [plain|asan|tsan]     prints the library's path
+
+`asan` is with AddressSanitizer and UndefinedBehaviorSanitizer, `tsan` with ThreadSanitizer; a program that loads such a
+library needs the sanitizer's own library first: `environment`.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+from build_backend import MIN_TORCH, compiler, torch_folder  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+VARIANTS = {
+    "plain": [],
+    "asan": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-DSIM_ASAN", "-g1"],
+    "tsan": ["-fsanitize=thread", "-DSIM_TSAN", "-g1"],
+}
+RUNTIMES = {"asan": "libasan.so", "tsan": "libtsan.so"}
+OPTIONS = {"asan": ("ASAN_OPTIONS", "detect_leaks=0"), "tsan": ("TSAN_OPTIONS", "report_bugs=1:halt_on_error=1")}
+
+NINJA = """\
+cxx = {cxx}
+flags = {flags}
+
+rule compile
+  command = $cxx $flags $own -MMD -MF $out.d -x c++ -c $in -o $out
+  description = sim $in
+  depfile = $out.d
+  deps = gcc
+
+rule link
+  command = $cxx -shared $in -o $out $flags {link}
+  description = link $out
+
+"""
+
+
+def build(variant: str = "plain") -> Path:
+    """The library of that variant, brought up to date; its path. Needs g++, ninja and pybind11."""
+    import pybind11
+
+    folder = ROOT / "build" / "sim" / variant
+    torch = torch_folder()
+    flags = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-DFASTFORMER_SIM"]
+    flags += ["-Wall", "-Wextra", "-Wno-missing-field-initializers", "-Wno-unknown-pragmas", *VARIANTS[variant]]
+    flags += [f"-DTORCH_TARGET_VERSION=0x{MIN_TORCH[0]:02x}{MIN_TORCH[1]:02x}000000000000", f"-I{HERE / 'shim'}"]
+    flags += ["-isystem", str(torch / "include"), "-isystem", pybind11.get_include(), f"-I{ROOT / 'csrc' / 'cuda'}"]
+    flags += ["-isystem", sysconfig.get_path("include")]
+    link = [f"-L{torch / 'lib'}", "-Wl,--as-needed", "-ltorch_cpu", "-ltorch"]
+    kernels = [*(ROOT / "csrc" / "cuda").glob("*.cu"), ROOT / "csrc" / "cuda" / "ops.cpp"]
+    sources = sorted([*kernels, *HERE.glob("*.cpp"), *(HERE / "shim").glob("*.cpp")])
+
+    lines = [NINJA.format(cxx=shlex.join(compiler()), flags=shlex.join(flags), link=shlex.join(link))]
+    objects = [f"{source.stem}.o" for source in sources]
+    for source, out in zip(sources, objects, strict=True):
+        # The engine changes stacks: ThreadSanitizer watches the kernels, not it.
+        own = "-fno-sanitize=thread" if variant == "tsan" and source.parent.name == "shim" else ""
+        lines.append(f"build {out}: compile {source}\n  own = {own}\n")
+    lines.append(f"build fastformer_sim.so: link {' '.join(objects)}\n")
+
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "build.ninja"
+    text = "".join(lines)
+    if not file.exists() or file.read_text() != text:
+        file.write_text(text)
+    jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+    finished = subprocess.run([sys.executable, "-m", "ninja", "-C", folder, "-j", jobs], stdout=sys.stderr)
+    if finished.returncode:
+        raise RuntimeError("building the simulator failed: the compiler's message is above")
+    return folder / "fastformer_sim.so"
+
+
+def environment(variant: str) -> dict[str, str]:
+    """What a program needs in its environment to run that variant; the op tests run on it with these."""
+    variables = {"FASTFORMER_CUDA_LIBRARY": str(ROOT / "build" / "sim" / variant / "fastformer_sim.so")}
+    if variant in RUNTIMES:
+        command = [*compiler(), f"-print-file-name={RUNTIMES[variant]}"]
+        runtime = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        name, value = OPTIONS[variant]
+        variables |= {"LD_PRELOAD": os.path.realpath(runtime), name: value}
+    return variables
+
+
+if __name__ == "__main__":
+    print(build(*sys.argv[1:]))
