@@ -8,14 +8,19 @@ READY_214 := .venv-torch214/.ready
 # --no-compile: Python compiles the few modules that are used when it first imports them.
 PIP_INSTALL := -m pip install -qq --no-compile --disable-pip-version-check
 
-.PHONY: help setup build compare test test-full lint format bench torch214 wheel clean
+.PHONY: help setup build build-cuda verify-gpu-kernels compare test test-cpu test-triton test-full kernel-report mutations lint format bench gpu torch214 wheel clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make compare    eager PyTorch and fused kernels side by side: error, latency, tokens/s, memory"
 	@echo "make test       the tests, but for those marked slow; make test-full runs all"
+	@echo "make kernel-report   registers, stack, spills, shared memory and tensor cores of every Triton kernel"
+	@echo "make mutations  plants mistakes in the Triton kernels, which the tests must find"
 	@echo "make lint       ruff check and format check; make format mends what it can"
 	@echo "make bench      the microbenchmarks of each op against eager"
+	@echo "make gpu        on an NVIDIA or AMD GPU: what it can do, are the kernels right, how fast are they (gpu.json, gpu.png)"
+	@echo "make verify-gpu-kernels   the CUDA kernels on a simulator, under checks and sanitizers"
+	@echo "make build-cuda the library of CUDA kernels, in place; needs the CUDA toolkit, but no GPU"
 	@echo "make build      the op library, in place; make wheel puts it in dist/"
 	@echo "make torch214   the same built library in torch 2.14.1 (a large download)"
 	@echo "make clean      removes what was built; the environments .venv* stay"
@@ -34,14 +39,37 @@ $(READY): constraints.txt pyproject.toml
 build: $(READY)
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 
+# Wants the CUDA toolkit, no GPU: the library loads in any torch >= 2.10 and runs in one with CUDA.
+build-cuda: $(READY)
+	FASTFORMER_CUDA=1 $(BIN)/python setup.py --quiet build_ext --inplace
+
+# The CUDA kernels, compiled by g++, on a simulator under checks and sanitizers: docs/sim.md.
+verify-gpu-kernels: build
+	$(BIN)/python tests/sim/verify.py $(ARGS)
+
 compare: build
 	$(BIN)/fastformer compare $(ARGS)
 
-test: build
+# The Triton kernels compute in an interpreter, which wants a process of its own: docs/verification.md.
+INTERPRETED := TRITON_INTERPRET=1 FASTFORMER_BACKEND=triton OMP_NUM_THREADS=1
+
+test: test-cpu test-triton
+
+test-cpu: build
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-triton: build
+	$(INTERPRETED) $(BIN)/python -m pytest tests/ops tests/kernels -m "not slow" $(ARGS)
 
 test-full: build
 	$(BIN)/python -m pytest $(ARGS)
+	$(INTERPRETED) $(BIN)/python -m pytest tests/ops tests/kernels $(ARGS)
+
+kernel-report: build
+	$(BIN)/python tests/kernels/report.py $(ARGS)
+
+mutations: build
+	$(BIN)/python tests/kernels/mutations.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -53,6 +81,10 @@ format: $(READY)
 
 bench: build
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+
+# With a torch of your own (ROCm, say): PYTHONPATH=. python bench/gpu.py
+gpu: build
+	PYTHONPATH=. $(BIN)/python bench/gpu.py $(ARGS)
 
 wheel: build
 	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
@@ -67,4 +99,4 @@ torch214: build $(READY_214)
 	.venv-torch214/bin/python tests/packaging/two_torches.py compare build/two_torches.pt
 
 clean:
-	rm -rf build dist *.egg-info fastformer/*.so fastformer/library_not_built.txt
+	rm -rf build dist *.egg-info fastformer/*.so fastformer/*library_not_built.txt

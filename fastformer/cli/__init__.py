@@ -1,8 +1,8 @@
-"""The command line: `fastformer compare` and `fastformer info`."""
+"""The command line: `fastformer compare`, `info`, `verify` and `tune`."""
 
 import typer
 
-from fastformer.cli import compare, info
+from fastformer.cli import compare, info, tune, verify
 from fastformer.cli.errors import OneLineErrors
 
 app = typer.Typer(
@@ -13,3 +13,5 @@ app = typer.Typer(
 )
 app.command()(compare.compare)
 app.command()(info.info)
+app.command()(verify.verify)
+app.command()(tune.tune)

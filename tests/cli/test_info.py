@@ -1,11 +1,12 @@
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 import fastformer
-from fastformer import backends, library
+from fastformer import backends, library, tuning
 from fastformer.cli import machine
 
 
@@ -47,3 +48,26 @@ def test_missing_library_is_explained(fastformer_cli: Callable, monkeypatch: pyt
 def test_missing_package_comes_with_its_command(fastformer_cli: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "package_version", lambda name: "1.0" if name == "torch" else None)
     assert "not installed: pip install 'fastformer[hf]'" in fastformer_cli("info").stdout
+
+
+def test_triton_without_a_gpu(fastformer_cli: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "triton is unavailable: no GPU" in fastformer_cli("info").stdout
+    found = json.loads(fastformer_cli("info", "--json").stdout)
+    assert found["backends"]["triton"]["unavailable"].startswith("no GPU") and found["triton_target"] is None
+
+
+def test_tuned_table(fastformer_cli: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FASTFORMER_TUNED", str(tmp_path / "tuned.json"))
+    monkeypatch.setattr(tuning, "table", None)
+    monkeypatch.setattr(tuning, "problem", None)
+    assert "none for this machine: fastformer tune" in fastformer_cli("info").stdout
+    tuning.record(torch.device("cpu"), {"a": "cpu", "b": "torch"}, {})
+    assert json.loads(fastformer_cli("info", "--json").stdout)["tuned"] == {
+        "path": str(tmp_path / "tuned.json"), "in_use": True, "choices": 2, "problem": None,
+    }  # fmt: skip
+    assert "2 choices for this machine" in fastformer_cli("info").stdout.replace("\n", "")
+    (tmp_path / "tuned.json").write_text("{")
+    with pytest.warns(UserWarning):
+        tuning.reload()
+    assert "is not used: it can't be read" in " ".join(fastformer_cli("info").stdout.split())
