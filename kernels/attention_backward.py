@@ -275,7 +275,8 @@ def grad_query_kernel(
 
 
 # By kind of GPU and padded head size, the larger one of key and value: (BLOCK_M, BLOCK_N, num_warps). With dropout
-# where it has no row of its own, too. Best guess first, unmeasured: the largest tiles whose registers don't spill. The
+# where it has no row of its own, too. Best guess first, unmeasured: the largest tiles whose registers don't spill (but
+# gfx11 from 128 on, whose tensor cores want every operand twice: nothing was found that fits). The
 # last one has room for the loop over a group of heads and for a mask of each query's own.
 _Tiles = dict[str, dict[int, list[tuple[int, int, int]]]]
 _KEY_VALUE: _Tiles = {
@@ -283,13 +284,13 @@ _KEY_VALUE: _Tiles = {
     "sm_80 dropout": {64: [(32, 128, 8), (16, 64, 8)], 128: [(32, 64, 8), (16, 64, 8)], 256: [(16, 32, 8)]},
     "sm_90": {64: [(64, 128, 8), (32, 128, 8)], 128: [(32, 128, 8), (16, 128, 8)], 256: [(16, 128, 8), (16, 64, 8)]},
     "sm_90 dropout": {64: [(32, 128, 8), (16, 128, 8)], 128: [(32, 128, 8), (16, 64, 8)], 256: [(16, 128, 8)]},
-    "sm_100": {64: [(32, 128, 8), (16, 128, 8)], 128: [(16, 128, 8)], 256: [(16, 128, 8)]},
-    "sm_120": {64: [(32, 128, 8), (16, 64, 4)], 128: [(16, 128, 8), (32, 64, 8)], 256: [(16, 32, 8)]},
+    "sm_100": {64: [(32, 128, 8), (16, 128, 8)], 128: [(16, 128, 8), (16, 32, 8)], 256: [(16, 128, 8)]},
+    "sm_120": {64: [(32, 128, 8), (16, 64, 4)], 128: [(32, 64, 8), (16, 64, 8)], 256: [(16, 32, 8)]},
     "sm_120 dropout": {64: [(16, 64, 4), (16, 64, 8)], 128: [(32, 64, 8), (16, 64, 8)], 256: [(16, 32, 8)]},
     "gfx9": {64: [(32, 64, 4), (16, 64, 4)], 128: [(16, 64, 8)], 256: [(16, 32, 4)]},
     "gfx11": {64: [(16, 32, 4)], 128: [(16, 32, 8)], 256: [(16, 16, 8)]},
-    "float32": {64: [(16, 64, 8), (16, 32, 8)], 128: [(16, 32, 8)], 256: [(16, 16, 8)]},
-    "float32 dropout": {64: [(16, 32, 8)], 128: [(16, 32, 8)], 256: [(16, 16, 8)]},
+    "float32": {64: [(16, 32, 8)], 128: [(16, 32, 8)], 256: [(16, 16, 8)]},
+    "tf32x3": {64: [(16, 32, 8)], 128: [(16, 16, 8)], 256: [(16, 16, 8)]},
     "gfx9 float32": {64: [(16, 64, 4), (16, 32, 4)], 128: [(16, 32, 4)], 256: [(16, 16, 4)]},
     "gfx11 float32": {64: [(16, 16, 8)], 128: [(16, 16, 8)], 256: [(16, 16, 8)]},
 }
@@ -297,13 +298,15 @@ _QUERY: _Tiles = {
     "sm_80": {64: [(128, 64, 8), (64, 64, 4)], 128: [(128, 32, 8), (64, 64, 8)], 256: [(32, 64, 8)]},
     "sm_80 dropout": {64: [(128, 64, 8), (64, 64, 4)], 128: [(64, 64, 8)], 256: [(32, 64, 8)]},
     "sm_90": {64: [(128, 64, 8), (64, 64, 4)], 128: [(128, 64, 8), (64, 64, 4)], 256: [(32, 64, 8)]},
-    "sm_100": {64: [(128, 64, 8), (64, 64, 4)], 128: [(64, 64, 8)], 256: [(32, 64, 8)]},
+    "sm_100": {64: [(64, 64, 4)], 128: [(64, 64, 8)], 256: [(32, 64, 8)]},
+    "sm_100 dropout": {64: [(128, 64, 8), (64, 64, 4)], 128: [(64, 64, 8)], 256: [(32, 64, 8)]},
     "sm_120": {64: [(128, 64, 8), (64, 64, 4)], 128: [(128, 32, 8), (64, 64, 8)], 256: [(32, 64, 8)]},
     "sm_120 dropout": {64: [(128, 64, 8), (64, 64, 4)], 128: [(64, 64, 8)], 256: [(32, 64, 8)]},
     "gfx9": {64: [(64, 64, 4)], 128: [(64, 64, 4)], 256: [(32, 32, 4)]},
     "gfx11": {64: [(64, 16, 4)], 128: [(32, 16, 4)], 256: [(16, 16, 4)]},
     "float32": {64: [(64, 32, 8), (32, 32, 8)], 128: [(16, 64, 8), (16, 32, 8)], 256: [(16, 16, 8)]},
     "float32 dropout": {64: [(32, 64, 8), (16, 64, 8)], 128: [(16, 64, 8), (16, 32, 8)], 256: [(16, 16, 8)]},
+    "tf32x3": {64: [(32, 32, 8)], 128: [(16, 32, 8)], 256: [(16, 16, 8)]},
     "gfx9 float32": {64: [(32, 32, 4), (16, 32, 4)], 128: [(16, 32, 4)], 256: [(16, 16, 4)]},
     "gfx11 float32": {64: [(16, 16, 8)], 128: [(16, 16, 8)], 256: [(16, 16, 8)]},
 }
@@ -316,7 +319,7 @@ def _kind(call: Call) -> str:
         gpu = "gfx9" if gpu.startswith("gfx9") else "gfx11"
         return gpu + " float32" * (call.dtype == torch.float32)
     if call.dtype == torch.float32:
-        return "float32"
+        return "tf32x3" if float32_precision() == "tf32x3" else "float32"
     return gpu if gpu in _KEY_VALUE else "sm_80"
 
 
@@ -355,6 +358,7 @@ def attention_backward(
     key = {
         "dtype": str(call.dtype), "block_d": call.block_d, "block_dv": call.block_dv, "dropout": call.has_dropout,
         "grouped": call.arguments["groups"] > 1, "dense_mask": call.arguments["MASK_PER_QUERY"],
+        "precision": float32_precision(),
     }  # fmt: skip
     delta = torch.empty_like(lse)
     arguments = {

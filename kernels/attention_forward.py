@@ -188,8 +188,8 @@ def attention_forward_kernel(
 
 
 # (BLOCK_M, BLOCK_N, num_warps, num_stages) by the padded head size, the larger one of key and value: the best guess
-# first. Not measured: chosen so that nothing spills (but RDNA and tf32x3 at 256 do) and that
-# the shared memory is there on every GPU of the family.
+# first. Not measured: chosen so that nothing spills (but RDNA and tf32x3 at 256 do) and that the shared memory is there
+# on every GPU of the family. Heads of 80 and 96 are padded to 128 in the products, too.
 _PLAIN = {
     "mma": {64: [(128, 64, 8, 2), (128, 32, 8, 2)], 128: [(128, 32, 8, 2), (64, 64, 8, 2)], 256: [(64, 32, 8, 2)]},
     "wgmma": {64: [(128, 128, 8, 2), (128, 64, 8, 3)], 128: [(128, 64, 8, 2), (64, 64, 8, 2)], 256: [(64, 32, 8, 2)]},
@@ -246,6 +246,8 @@ def _configs(call: Call) -> list[Config]:
     table_rows = table[family][size]
     if call.has_dropout and call.arguments["MASK_PER_QUERY"] and family == "mma" and size == 64:
         table_rows = [(64, 32, 8, 2)]
+    if table is _PLAIN and call.arguments["mask"] is not None:
+        table_rows = table_rows[-1:]  # a float mask takes registers
     return [Config({"BLOCK_M": m, "BLOCK_N": n}, warps, stages) for m, n, warps, stages in table_rows]
 
 
@@ -259,6 +261,7 @@ def attention_forward(call: Call, output: Tensor, lse: Tensor) -> None:
         block_d=call.block_d,
         block_dv=call.block_dv,
         dropout=call.has_dropout,
+        masked=call.arguments["mask"] is not None,
         dense_mask=call.arguments["MASK_PER_QUERY"],
     )
     tiles = triton.cdiv(call.max_queries, config.tiles["BLOCK_M"])
