@@ -69,7 +69,7 @@ def test_no_compilation_for_a_new_size(call):
     not aligned."""
     even = launches(call, (8, 512), (3, 512))
     assert launches(call, (8, 256), (16, 1024), (5, 768), (2, 64), (64, 256)) <= even
-    odd = launches(call, (8, 77))
+    odd = launches(call, (8, 77), (8, 511))
     assert launches(call, (3, 77), (5, 101), (7, 999)) <= even | odd
     assert len(even | odd) <= 2 * len(even)
 
