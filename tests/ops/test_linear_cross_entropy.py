@@ -359,9 +359,11 @@ def _linear(given: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class TestMemory:
-    """Of the logits never more than 64 MiB are there; all of them would be 625 MiB."""
+    """Of the logits never more than 64 MiB are there; all of them would be 625 MiB. A quarter of that is allowed: what the
+    system counts as the process's memory also moves by itself, by some 60 MiB on a busy machine."""
 
     ROWS, FEATURES, CLASSES = 8192, 16, 20000
+    ALLOWED = ROWS * CLASSES * 4 // 4  # bytes
 
     def rise(self, call: Callable[[], object]) -> int:
         call()
@@ -376,10 +378,10 @@ class TestMemory:
         given = tensors(self.ROWS, self.FEATURES, self.CLASSES, torch.float32)
         target = labels(self.ROWS, classes=self.CLASSES, ignored=0)
         call = partial(ops.linear_cross_entropy, **given, target=target, reduction=reduction)
-        assert self.rise(call) < 96 * 2**20
+        assert self.rise(call) < self.ALLOWED
         for x in given.values():
             x.requires_grad_()
-        assert self.rise(lambda: torch.autograd.grad(call().sum(), given.values())) < 112 * 2**20
+        assert self.rise(lambda: torch.autograd.grad(call().sum(), given.values())) < self.ALLOWED
 
 
 @pytest.mark.cpu_only
