@@ -359,8 +359,8 @@ def _linear(given: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class TestMemory:
-    """Of the logits never more than 64 MiB are there; all of them would be 625 MiB. A quarter of that is allowed: what the
-    system counts as the process's memory also moves by itself, by some 60 MiB on a busy machine."""
+    """Of the logits never more than 64 MiB are there; all of them would be 625 MiB. A quarter of that is allowed: what
+    the system counts as the process's memory also moves by itself, by some 60 MiB on a busy machine."""
 
     ROWS, FEATURES, CLASSES = 8192, 16, 20000
     ALLOWED = ROWS * CLASSES * 4 // 4  # bytes
