@@ -65,11 +65,12 @@ STABLE_TORCH_LIBRARY(fastformer_cpu, m) {
       "bool need_weight, bool need_bias) -> "
       "(Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias)");
 
-  // Inference on weights that were packed before: (panels, in_features, panel width) in the compute dtype, or quantized,
-  // (panels, bytes of a panel) in int8.
-  m.def("pack_weight(Tensor weight) -> Tensor");
+  // Inference on weights that were packed before: (panels, in_features, panel width) in the compute dtype or in 16 bits,
+  // or quantized, (panels, bytes of a panel) in int8.
+  m.def("pack_weight(Tensor weight, ScalarType? dtype=None) -> Tensor");  // dtype: of panels in 16 bits
   m.def("quantize_weight(Tensor weight) -> Tensor");
-  m.def("is_packed(Tensor[] weights, Tensor packed) -> bool");  // by samples: do the weights, in a row, still agree?
+  // By samples: do the weights still agree with what was packed of them? The next counts[i] weights are, in a row, packed[i].
+  m.def("is_packed(Tensor[] weights, int[] counts, Tensor[] packed) -> bool");
   m.def(
       "packed_linear(Tensor input, Tensor packed, int out_features, Tensor? bias, str? activation, Tensor? residual) "
       "-> Tensor");
@@ -77,9 +78,26 @@ STABLE_TORCH_LIBRARY(fastformer_cpu, m) {
       "packed_feed_forward(Tensor input, Tensor packed1, int hidden_features, Tensor? bias1, Tensor packed2, "
       "int out_features, Tensor? bias2, str? activation, Tensor? residual) -> Tensor");
 
+  // The layers of BERT (a layer-norm after each residual sum) or, pre_norm, of GPT-2 (before it, and one at the end).
+  // input (batch, length, width); of each layer four packed weights and ten vectors, of no elements where there is none:
+  // norm1 weight, bias; query, key, value bias (or one for all); projection bias; norm2 weight, bias; the two biases of
+  // the feed-forward network. attn_mask (batch, 1 or heads, 1 or length, keys), bool or the compute dtype. With cu_seq
+  // the batch is one row of sequences. With a cache, per layer (batch, heads, capacity, head_dim), every query sees
+  // `past` keys and those up to its own; the new ones are written behind them.
+  m.def(
+      "packed_layers(Tensor input, Tensor[] packed, Tensor[] vectors, Tensor? final_weight, Tensor? final_bias, "
+      "bool pre_norm, bool is_causal, int heads, int hidden_features, str? activation, float scale, float eps, "
+      "Tensor? attn_mask, Tensor? cu_seq, int longest, Tensor(a!)[] key_cache, Tensor(b!)[] value_cache, int past) "
+      "-> Tensor");
+
   // The instruction set in use, those that this machine can run (comma separated), and a switch for tests.
   m.def("isa() -> str");
   m.def("isas() -> str");
   m.def("set_isa(str isa) -> ()");
   m.def("multiplies_bfloat16() -> bool");  // has the machine instructions for it?
+
+  // The machine's ceilings, on every thread: `rounds` of multiplications and additions in registers (int8: of 8 bits), and
+  // the reading of a share of the memory. What comes back is how many operations, or bytes, that was.
+  m.def("multiply_adds(int rounds, bool int8) -> int");
+  m.def("read_memory(Tensor memory, int times) -> int");
 }

@@ -42,7 +42,8 @@ class Packed:
         children: the modules inside that this forward does not call: where each stands (a module's `_modules`, a name).
         groups: matrices (out_features, in_features) of one dtype, parameters of the module or of these children; those
             of a group have the same input and are laid out one after the other, as one matrix.
-        quantize: "int8", or None for the values as they are.
+        weights: "int8", "bfloat16", or None for the values as they are: those of 16 bits in their dtype, others in the
+            dtype that they are computed in.
     """
 
     __slots__ = ("panels", "children", "dtype", "in_features", "_places", "_stamps", "_matrices", "_steps", "_isa")
@@ -52,7 +53,7 @@ class Packed:
         module: nn.Module,
         children: Sequence[tuple[dict, str]],
         groups: Sequence[Sequence[Tensor]],
-        quantize: str | None,
+        weights: str | None,
     ):
         self._steps = _steps
         self._isa = _raw.isa()
@@ -64,8 +65,7 @@ class Packed:
             for name, parameter in owner._parameters.items()
         ]
         self._matrices = [[matrix.detach() for matrix in group] for group in groups]
-        pack = _raw.quantize_weight if quantize else _raw.pack_weight
-        self.panels = [pack(g[0] if len(g) == 1 else torch.cat(g)) for g in self._matrices]
+        self.panels = [_pack(g[0] if len(g) == 1 else torch.cat(g), weights) for g in self._matrices]
         self.dtype, self.in_features = (groups[0][0].dtype, groups[0][0].shape[1]) if groups else (None, None)
 
     @property
@@ -79,23 +79,40 @@ class Packed:
 
     def hold(self) -> bool:
         """Are all modules, parameters and values what they were? Asked at every call: in some microseconds."""
-        if self._steps != _steps or self._isa != _raw.isa():
+        return hold((self,))
+
+
+def hold(packs: Sequence[Packed]) -> bool:
+    """Does each of them hold?"""
+    isa = _raw.isa()
+    for packed in packs:
+        if packed._steps != _steps or packed._isa != isa:
             return False
-        for modules, name, child, cls in self._places:
+        for modules, name, child, cls in packed._places:
             if modules.get(name) is not child or child.__class__ is not cls or child.training:
                 return False
             if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
                 return False
             if "forward" in child.__dict__:
                 return False
-        for parameters, name, parameter, address, version in self._stamps:
+        for parameters, name, parameter, address, version in packed._stamps:
             if parameters.get(name) is not parameter:
                 return False
             if address is not None and parameter.data_ptr() != address:
                 return False
             if version is not None and parameter._version != version:
                 return False
-        return all(map(_raw.is_packed, self._matrices, self.panels))
+    groups = [group for packed in packs for group in packed._matrices]
+    panels = [panels for packed in packs for panels in packed.panels]
+    weights = [matrix for group in groups for matrix in group]
+    return not panels or _raw.is_packed(weights, list(map(len, groups)), panels)
+
+
+def _pack(matrix: Tensor, weights: str | None) -> Tensor:
+    if weights == "int8":
+        return _raw.quantize_weight(matrix)
+    dtype = torch.bfloat16 if weights == "bfloat16" else matrix.dtype
+    return _raw.pack_weight(matrix, dtype if dtype.itemsize == 2 else None)
 
 
 def _state(parameter: nn.Parameter | None) -> tuple[int | None, int | None]:
@@ -127,11 +144,12 @@ def why_not_packed() -> str | None:
 _PLACE = "_fastformer_packed"  # in the module's __dict__
 
 
-def kept(module: nn.Module) -> Packed | None:
+def kept(module: nn.Module):
+    """What was kept beside the module: its Packed, of a model of layers their Stack; or None."""
     return module.__dict__.get(_PLACE)
 
 
-def keep(module: nn.Module, packed: Packed) -> Packed:
+def keep(module: nn.Module, packed):
     module.__dict__[_PLACE] = packed
     return packed
 

@@ -1,23 +1,14 @@
-// What the host side of the ops shares: tensors to pointers, tasks to threads.
+// What the host side of the CPU ops shares, besides ../common.h: types, tasks to threads.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+#include "../common.h"
 
 #include <atomic>
-#include <cmath>
 #include <cstdlib>
-#include <optional>
-#include <string>
-#include <vector>
 
 #include "isa.h"
 
 namespace fastformer {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 inline DType dtype_of(ScalarType type) {
   switch (type) {
@@ -34,23 +25,13 @@ inline DType dtype_of(const Tensor& tensor) { return dtype_of(tensor.scalar_type
 inline ScalarType compute_type(DType dtype) { return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
 inline int64_t compute_bytes(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
 
-// A new contiguous tensor. By the shim's own function: through the dispatcher, by name, it takes a microsecond longer.
+// A new contiguous tensor.
 inline Tensor empty(const std::vector<int64_t>& shape, ScalarType type) {
-  std::vector<int64_t> strides(shape.size());
-  int64_t stride = 1;
-  for (size_t d = shape.size(); d-- > 0; stride *= std::max<int64_t>(shape[d], 1)) strides[d] = stride;
-  AtenTensorHandle tensor;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), aoti_torch_device_type_cpu(), 0, &tensor));
-  return Tensor(tensor);
+  return empty_on(aoti_torch_device_type_cpu(), 0, shape, type);
 }
 inline Tensor zeros(const std::vector<int64_t>& shape, ScalarType type) {
   Tensor tensor = empty(shape, type);
   return torch::stable::zero_(tensor);
-}
-inline Tensor to_type(const Tensor& tensor, ScalarType type) {
-  return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
 }
 // A small vector (weight, bias) as the kernels want it: contiguous, compute type.
 inline std::optional<Tensor> to_compute(const std::optional<Tensor>& vector, DType dtype) {
@@ -59,58 +40,15 @@ inline std::optional<Tensor> to_compute(const std::optional<Tensor>& vector, DTy
 }
 inline const void* data(const std::optional<Tensor>& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
 
-inline std::vector<int64_t> shape_of(const Tensor& tensor) {
-  const auto sizes = tensor.sizes();
-  return std::vector<int64_t>(sizes.begin(), sizes.end());
-}
-// The shape with another last dimension.
-inline std::vector<int64_t> with_last(const Tensor& tensor, int64_t last) {
-  std::vector<int64_t> shape = shape_of(tensor);
-  shape.back() = last;
-  return shape;
-}
-
-// A tensor as rows of its last dimension, `stride` elements apart, elements adjacent; copied only where it must be.
-struct Rows {
-  Tensor tensor;
-  int64_t count, columns, stride;
-  const void* data;
-};
-inline Rows rows_of(const Tensor& input) {
-  const int64_t dim = input.dim(), columns = input.size(dim - 1);
-  int64_t count = 1;
-  for (int64_t d = 0; d < dim - 1; ++d) count *= input.size(d);
-  bool regular = columns == 1 || input.stride(dim - 1) == 1;
-  int64_t stride = 0, expected = -1;  // of a row; of the next dimension to the left
-  for (int64_t d = dim - 2; d >= 0 && regular; --d) {
-    if (input.size(d) == 1) continue;
-    if (expected < 0)
-      stride = input.stride(d);
-    else
-      regular = input.stride(d) == expected;
-    expected = input.stride(d) * input.size(d);
-  }
-  if (regular) return {input, count, columns, expected < 0 ? columns : stride, input.const_data_ptr()};
-  Tensor copy = torch::stable::contiguous(input);
-  return {copy, count, columns, columns, copy.const_data_ptr()};
-}
-
-inline Activation activation_of(const std::optional<std::string>& name) {
-  if (!name) return Activation::none;
-  if (*name == "gelu") return Activation::gelu;
-  if (*name == "gelu_tanh") return Activation::gelu_tanh;
-  if (*name == "relu") return Activation::relu;
-  if (*name == "silu") return Activation::silu;
-  STD_TORCH_CHECK(false, "activation must be gelu, gelu_tanh, relu, silu or None, got ", *name);
-}
+inline Activation activation_of(const std::optional<std::string>& name) { return activation_named<Activation>(name); }
 
 inline Dropout make_dropout(double p, const std::optional<Tensor>& seed) {
   Dropout dropout;
   if (p > 0) {
     STD_TORCH_CHECK(seed, "dropout_p > 0 wants a seed");
     dropout.seed = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
-    dropout.threshold = static_cast<uint32_t>(std::fmin(std::nearbyint(p * 0x1p32), 0x1p32 - 1));
-    dropout.scale = p < 1 ? 1 / (1 - p) : 0;
+    dropout.threshold = dropout_threshold(p);
+    dropout.scale = dropout_scale(p);
   }
   return dropout;
 }

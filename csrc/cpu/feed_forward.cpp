@@ -1,47 +1,9 @@
-// feed_forward: dropout(W2 hidden_dropout(activation(W1 input + b1)) + b2) + residual. The hidden activation of a block of
-// rows goes from the first product to the second within one core's L2 and never to memory.
+// feed_forward: dropout(W2 hidden_dropout(activation(W1 input + b1)) + b2) + residual.
 
-#include "gemm.h"
+#include "feed_forward.h"
 
 namespace fastformer {
 namespace {
-
-// Blocks of rows, as many for each thread; 0 where there are too few rows for that and both threads share each product.
-int64_t row_blocks(int64_t rows, bool quantized) {
-  const int64_t most = quantized ? 96 : 192;  // in L2, with the hidden activation also in 8 bits; one pass over the weights
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t blocks = ((rows + most - 1) / most + threads - 1) / threads * threads;
-  return threads > 1 && rows < blocks * most / 2 ? 0 : blocks;
-}
-
-// second reads what first writes: (rows, hidden) in the compute type, the rows a cache line further apart than they need
-// be, because at a distance of some KiB they would share cache sets.
-void products(GemmArgs first, GemmArgs second) {
-  const int64_t rows = first.rows, hidden = first.columns + 16;
-  const int64_t row_bytes = hidden * compute_bytes(first.dtype);
-  first.output_is_compute_type = second.a_is_compute_type = true;
-  first.output_stride = second.a_row_stride = hidden;
-  second.a_depth_stride = 1;
-  const int64_t blocks = row_blocks(rows, second.b_is_quantized);
-  if (blocks == 0) {
-    const Tensor activation = empty({rows, hidden}, compute_type(first.dtype));
-    second.a = first.output = activation.mutable_data_ptr();
-    gemm(first);
-    gemm(second);
-    return;
-  }
-  const int64_t block_rows = (rows + blocks - 1) / blocks;
-  const int64_t block_bytes = (block_rows * row_bytes + 63) / 64 * 64;
-  const int64_t work_bytes = std::max(serial_bytes(first, block_rows), serial_bytes(second, block_rows));
-  parallel_tasks(blocks, [&](int64_t block) {
-    const int64_t begin = rows * block / blocks, end = rows * (block + 1) / blocks;
-    char* memory = static_cast<char*>(scratch(block_bytes + work_bytes));
-    GemmArgs mine1 = first, mine2 = second;
-    mine2.a = mine1.output = memory - begin * row_bytes;  // rows count from the start of the tensor
-    gemm_serial(mine1, begin, end, memory + block_bytes);
-    gemm_serial(mine2, begin, end, memory + block_bytes);
-  });
-}
 
 std::tuple<Tensor, Tensor> forward(const Tensor& input, const PackedWeight& weight1, const std::optional<Tensor>& bias1,
                                    const PackedWeight& weight2, const std::optional<Tensor>& bias2,
@@ -58,7 +20,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const PackedWeight& weig
   const GemmArgs first = {
       .dtype = dtype, .rows = x.count, .columns = weight1.columns, .depth = weight1.depth,
       .a = x.data, .a_row_stride = x.stride, .a_depth_stride = 1, .b = weight1.data(),
-      .b_is_quantized = weight1.quantized(), .bias = data(b1),
+      .b_type = weight1.type(), .bias = data(b1),
       .activation = activation, .dropout = hidden_dropout,
       .pre_activation = save_pre_activation ? pre_activation.mutable_data_ptr() : nullptr,
       .output = nullptr, .output_stride = 0,
@@ -66,11 +28,15 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const PackedWeight& weig
   const GemmArgs second = {
       .dtype = dtype, .rows = x.count, .columns = weight2.columns, .depth = weight2.depth,
       .a = nullptr, .a_row_stride = 0, .a_depth_stride = 1, .b = weight2.data(),
-      .b_is_quantized = weight2.quantized(), .bias = data(b2),
+      .b_type = weight2.type(), .bias = data(b2),
       .dropout = dropout, .residual = r ? r->data : nullptr, .residual_stride = r ? r->stride : 0,
       .output = output.mutable_data_ptr(), .output_stride = weight2.columns,
   };
-  products(first, second);
+  FeedForward products(first, second);
+  const Tensor memory = empty({products.bytes()}, ScalarType::Byte);
+  Phases phases;
+  products.add_to(phases, static_cast<char*>(memory.mutable_data_ptr()));
+  phases.run();
   return {output, pre_activation};
 }
 

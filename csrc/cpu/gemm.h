@@ -5,34 +5,43 @@
 
 namespace fastformer {
 
-// A packed weight: (panels, depth, panel width) in the compute type, see PackArgs; or quantized, (panels, bytes of a panel)
-// in 8 bits, see QuantizedRows.
+// A packed weight: (panels, depth, panel width) in the compute type or in 16 bits, see PackArgs; or quantized, (panels,
+// bytes of a panel) in 8 bits, see QuantizedRows.
 struct PackedWeight {
   Tensor panels;
   int64_t columns, depth;
 
-  bool quantized() const { return panels.scalar_type() == ScalarType::Char; }
+  PanelType type() const {
+    switch (panels.scalar_type()) {
+      case ScalarType::Char: return PanelType::int8;
+      case ScalarType::BFloat16: return PanelType::bf16;
+      case ScalarType::Half: return PanelType::f16;
+      default: return PanelType::compute;
+    }
+  }
   const void* data() const { return panels.const_data_ptr(); }
 };
 
 inline int64_t panel_columns(DType dtype) { return kernels().panel_bytes / compute_bytes(dtype); }
 
-// Packs b, seen as (columns, depth) with these strides: the weight of a linear, or the transpose of a matrix.
-inline PackedWeight pack(const Tensor& b, int64_t columns, int64_t depth, int64_t column_stride,
-                         int64_t depth_stride) {
+// Packs b, seen as (columns, depth) with these strides: the weight of a linear, or the transpose of a matrix. In the
+// compute type, or in `type`, of 16 bits.
+inline PackedWeight pack(const Tensor& b, int64_t columns, int64_t depth, int64_t column_stride, int64_t depth_stride,
+                         std::optional<ScalarType> type = std::nullopt) {
   const DType dtype = dtype_of(b);
   const int64_t width = panel_columns(dtype), panels = (columns + width - 1) / width;
-  Tensor packed = empty({panels, depth, width}, compute_type(dtype));
+  PackedWeight packed = {empty({panels, depth, width}, type.value_or(compute_type(dtype))), columns, depth};
   const PackArgs args = {
       .dtype = dtype, .columns = columns, .depth = depth, .b = b.const_data_ptr(),
-      .b_column_stride = column_stride, .b_depth_stride = depth_stride, .packed = packed.mutable_data_ptr(),
+      .b_column_stride = column_stride, .b_depth_stride = depth_stride, .packed = packed.panels.mutable_data_ptr(),
+      .packed_type = packed.type(),
   };
   parallel_tasks(panels, [&](int64_t p) { kernels().pack(args, p, p + 1); });
-  return {packed, columns, depth};
+  return packed;
 }
 // weight (out_features, in_features), any strides.
-inline PackedWeight pack(const Tensor& weight) {
-  return pack(weight, weight.size(0), weight.size(1), weight.stride(0), weight.stride(1));
+inline PackedWeight pack(const Tensor& weight, std::optional<ScalarType> type = std::nullopt) {
+  return pack(weight, weight.size(0), weight.size(1), weight.stride(0), weight.stride(1), type);
 }
 // For products with the transpose: weight (depth, columns).
 inline PackedWeight pack_transposed(const Tensor& weight) {
@@ -48,7 +57,8 @@ inline PackedWeight packed_weight(const Tensor& panels, int64_t columns, int64_t
     return {panels, columns, depth};
   }
   STD_TORCH_CHECK(panels.dim() == 3 && panels.size(0) == (columns + width - 1) / width && panels.size(1) == depth &&
-                      panels.size(2) == width && panels.scalar_type() == compute_type(dtype),
+                      panels.size(2) == width &&
+                      (panels.scalar_type() == compute_type(dtype) || (panels.element_size() == 2 && dtype != DType::f64)),
                   "packed weight: it was packed for another dtype, shape or instruction set; pack it again");
   return {panels, columns, depth};
 }
@@ -59,9 +69,9 @@ struct Product {
   int64_t panels, scratch_bytes;
 };
 inline Product product_of(const GemmArgs& args) {
-  const int64_t width = args.b_is_quantized ? kQuantizedColumns : panel_columns(args.dtype);
+  const int64_t width = args.b_type == PanelType::int8 ? kQuantizedColumns : panel_columns(args.dtype);
   const int64_t panels = (args.columns + width - 1) / width;
-  if (args.b_is_quantized) return {kernels().quantized_gemm, panels, kernels().quantized_scratch_bytes};
+  if (args.b_type == PanelType::int8) return {kernels().quantized_gemm, panels, kernels().quantized_scratch_bytes};
   return {kernels().gemm, panels, kernels().gemm_scratch_bytes(args)};
 }
 
@@ -82,39 +92,57 @@ inline void quantize(const GemmArgs& args, int64_t row_begin, int64_t row_end) {
                       .a_is_compute_type = args.a_is_compute_type, .quantized = args.quantized},
                      row_begin, row_end);
 }
+// Rows that make a task.
+inline int64_t quantized_grain(const GemmArgs& args) {
+  return std::max<int64_t>(1, 32768 / std::max<int64_t>(args.depth, 1));
+}
 // Quantizes args.a into memory of its own, which lives as long as the result.
 inline Tensor quantize(GemmArgs& args) {
   Tensor memory = empty({quantized_bytes(args.rows, args.depth)}, ScalarType::Byte);
   args.quantized = quantized_rows(memory.mutable_data_ptr(), 0, args.rows, args.depth);
-  parallel_rows(args.rows, std::max<int64_t>(1, 32768 / std::max<int64_t>(args.depth, 1)),
-                [&](int64_t begin, int64_t end) { quantize(args, begin, end); });
+  parallel_rows(args.rows, quantized_grain(args), [&](int64_t begin, int64_t end) { quantize(args, begin, end); });
   return memory;
 }
 
+// How a product is cut into tasks: blocks of rows x groups of panels. Where b is quantized, so are the rows of a by then.
+class GemmTasks {
+ public:
+  explicit GemmTasks(const GemmArgs& args) : args_(args), product_(product_of(args)) {
+    constexpr int64_t kRows = 192;  // of a task
+    const int64_t threads = torch::stable::get_num_threads();
+    rows_ = threads == 1 ? 1 : (args.rows + kRows - 1) / kRows;
+    const int64_t wanted = threads == 1 || args.rows * args.columns * args.depth < (1 << 16) ? 1 : 4 * threads;
+    panels_ = std::clamp<int64_t>((wanted + rows_ - 1) / std::max<int64_t>(rows_, 1), 1,
+                                  std::max<int64_t>(product_.panels, 1));
+  }
+  int64_t count() const { return rows_ * panels_; }
+  int64_t bytes() const { return product_.scratch_bytes; }
+  void operator()(int64_t task) const {
+    const int64_t r = task / panels_, p = task % panels_;
+    product_.kernel(args_, args_.rows * r / rows_, args_.rows * (r + 1) / rows_, product_.panels * p / panels_,
+                    product_.panels * (p + 1) / panels_, scratch(bytes()));
+  }
+
+ private:
+  GemmArgs args_;
+  Product product_;
+  int64_t rows_, panels_;  // in how many parts each is cut
+};
+
 inline void gemm(GemmArgs args) {
-  constexpr int64_t kRows = 192;  // of a task
   std::optional<Tensor> quantized;
-  if (args.b_is_quantized) quantized = quantize(args);
-  const int64_t threads = torch::stable::get_num_threads();
-  const auto [kernel, panels, bytes] = product_of(args);
-  const int64_t row_tasks = threads == 1 ? 1 : (args.rows + kRows - 1) / kRows;
-  const int64_t wanted = threads == 1 || args.rows * args.columns * args.depth < (1 << 16) ? 1 : 4 * threads;
-  const int64_t panel_tasks = std::clamp<int64_t>((wanted + row_tasks - 1) / std::max<int64_t>(row_tasks, 1), 1,
-                                                  std::max<int64_t>(panels, 1));
-  parallel_tasks(row_tasks * panel_tasks, [&](int64_t task) {
-    const int64_t r = task / panel_tasks, p = task % panel_tasks;
-    kernel(args, args.rows * r / row_tasks, args.rows * (r + 1) / row_tasks, panels * p / panel_tasks,
-           panels * (p + 1) / panel_tasks, scratch(bytes));
-  });
+  if (args.b_type == PanelType::int8) quantized = quantize(args);
+  const GemmTasks tasks(args);
+  parallel_tasks(tasks.count(), tasks);
 }
 
 // The product of rows [begin, end) by this thread alone, in serial_bytes(args, end - begin) of its memory.
 inline int64_t serial_bytes(const GemmArgs& args, int64_t rows) {
-  return product_of(args).scratch_bytes + (args.b_is_quantized ? quantized_bytes(rows, args.depth) : 0);
+  return product_of(args).scratch_bytes + (args.b_type == PanelType::int8 ? quantized_bytes(rows, args.depth) : 0);
 }
 inline void gemm_serial(GemmArgs args, int64_t begin, int64_t end, char* memory) {
   const auto [kernel, panels, bytes] = product_of(args);
-  if (args.b_is_quantized) {
+  if (args.b_type == PanelType::int8) {
     args.quantized = quantized_rows(memory + bytes, begin, end - begin, args.depth);
     quantize(args, begin, end);
   }

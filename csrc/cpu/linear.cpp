@@ -1,9 +1,11 @@
 // linear: dropout(activation(input @ weight.T + bias)) + residual, on weights packed for the call or before it.
 
+#include <sys/mman.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <cstring>
+#include <span>
 
 #include "gemm.h"
 
@@ -24,7 +26,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const PackedWeight& weig
   gemm({
       .dtype = dtype, .rows = x.count, .columns = weight.columns, .depth = weight.depth,
       .a = x.data, .a_row_stride = x.stride, .a_depth_stride = 1, .b = weight.data(),
-      .b_is_quantized = weight.quantized(), .bias = data(b),
+      .b_type = weight.type(), .bias = data(b),
       .activation = activation, .dropout = dropout,
       .residual = r ? r->data : nullptr, .residual_stride = r ? r->stride : 0,
       .pre_activation = save ? pre_activation.mutable_data_ptr() : nullptr,
@@ -60,7 +62,27 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor grad_output, Tensor in
           need_weight ? weight_gradient(grad, rows_of(input)) : none, need_bias ? bias_gradient(grad) : none};
 }
 
-Tensor pack_weight(Tensor weight) { return pack(weight).panels; }
+// Packed weights are read from end to end, in a token's step of a GPT at the memory's speed: huge pages make that a fifth
+// faster. The system gives them if it can and wants to.
+Tensor in_huge_pages(Tensor panels) {
+#ifdef MADV_HUGEPAGE
+  constexpr int kCollapse = 25;  // MADV_COLLAPSE, Linux 6.1; older ones refuse it
+  constexpr uintptr_t kPage = 4096;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(panels.mutable_data_ptr());
+  const uintptr_t bytes = panels.numel() * panels.element_size(), begin = address / kPage * kPage;
+  const uintptr_t end = (address + bytes + kPage - 1) / kPage * kPage;
+  for (const int advice : {MADV_HUGEPAGE, kCollapse}) madvise(reinterpret_cast<void*>(begin), end - begin, advice);
+#endif
+  return panels;
+}
+
+// dtype: bfloat16 or float16 for panels of 16 bits; those of a weight in this dtype hold the same values.
+Tensor pack_weight(Tensor weight, std::optional<ScalarType> dtype) {
+  STD_TORCH_CHECK(!dtype || ((*dtype == ScalarType::BFloat16 || *dtype == ScalarType::Half) &&
+                             weight.scalar_type() != ScalarType::Double),
+                  "dtype: expected bfloat16, float16 or None, and no float64 weight");
+  return in_huge_pages(pack(weight, dtype).panels);
+}
 
 Tensor quantize_weight(Tensor weight) {
   const int64_t columns = weight.size(0), depth = weight.size(1);
@@ -73,21 +95,45 @@ Tensor quantize_weight(Tensor weight) {
       .b_column_stride = weight.stride(0), .b_depth_stride = weight.stride(1), .packed = packed.mutable_data_ptr(),
   };
   parallel_tasks(panels, [&](int64_t p) { kernels().pack_quantized(args, p, p + 1); });
-  return packed;
+  return in_huge_pages(packed);
 }
 
 constexpr int64_t kSamples = 16;  // of each weight
 
-// The element in the compute type.
+// The bits of an element in another type: those that packing gives.
+struct Bits {
+  uint64_t bits;
+  bool operator==(const Bits&) const = default;
+};
+template <class T> Bits bits_of(T value) {
+  Bits bits{0};
+  std::memcpy(&bits, &value, sizeof(T));
+  return bits;
+}
+template <class T> T element(const Tensor& tensor, int64_t offset) {
+  return static_cast<const T*>(tensor.const_data_ptr())[offset];
+}
 float widened(const Tensor& tensor, int64_t offset) {
-  if (tensor.scalar_type() == ScalarType::Float) return static_cast<const float*>(tensor.const_data_ptr())[offset];
-  return tensor.scalar_type() == ScalarType::BFloat16
-             ? float(static_cast<const torch::headeronly::BFloat16*>(tensor.const_data_ptr())[offset])
-             : float(static_cast<const torch::headeronly::Half*>(tensor.const_data_ptr())[offset]);
+  if (tensor.scalar_type() == ScalarType::Float) return element<float>(tensor, offset);
+  if (tensor.scalar_type() == ScalarType::BFloat16) return float(element<torch::headeronly::BFloat16>(tensor, offset));
+  return float(element<torch::headeronly::Half>(tensor, offset));
+}
+Bits raw_bits(const Tensor& tensor, int64_t offset) {
+  const size_t bytes = tensor.element_size();
+  Bits bits{0};
+  std::memcpy(&bits, static_cast<const char*>(tensor.const_data_ptr()) + size_t(offset) * bytes, bytes);
+  return bits;
+}
+Bits bits_as(ScalarType type, const Tensor& tensor, int64_t offset) {
+  if (tensor.scalar_type() == ScalarType::Double) return bits_of(element<double>(tensor, offset));
+  const float value = widened(tensor, offset);
+  if (type == ScalarType::BFloat16) return bits_of(torch::headeronly::BFloat16(value).x);
+  if (type == ScalarType::Half) return bits_of(torch::headeronly::Half(value).x);
+  return bits_of(value);
 }
 
 // As is_packed, against the samples that were kept at quantization.
-bool is_quantized(const std::vector<Tensor>& weights, const Tensor& packed) {
+bool is_quantized(std::span<const Tensor> weights, const Tensor& packed) {
   const int64_t depth = weights.empty() ? 0 : weights[0].size(1);
   if (packed.size(1) != quantized_panel_bytes(depth)) return false;
   const int64_t samples = packed.size(1) - kQuantizedColumns * int64_t(sizeof(float));  // offset in a panel
@@ -111,28 +157,33 @@ bool is_quantized(const std::vector<Tensor>& weights, const Tensor& packed) {
 }
 
 // Samples of the weights, which are one after the other the columns of `packed`, against the packed values, bit by bit.
-bool is_packed(std::vector<Tensor> weights, Tensor packed) {
-  if (packed.scalar_type() == ScalarType::Char) return is_quantized(weights, packed);
+bool agrees(std::span<const Tensor> weights, const Tensor& packed) {
+  const ScalarType type = packed.scalar_type();
+  if (type == ScalarType::Char) return is_quantized(weights, packed);
   const int64_t depth = packed.size(1), width = packed.size(2);
-  const char* kept = static_cast<const char*>(packed.const_data_ptr());
   int64_t first = 0;  // column of the weight's first row
   for (const Tensor& weight : weights) {
-    const DType dtype = dtype_of(weight);
-    const int64_t rows = weight.size(0), bytes = compute_bytes(dtype);
-    if (weight.size(1) != depth || first + rows > packed.size(0) * width || compute_type(dtype) != packed.scalar_type())
+    const int64_t rows = weight.size(0);
+    const bool is_double = weight.scalar_type() == ScalarType::Double;
+    if (weight.size(1) != depth || first + rows > packed.size(0) * width || is_double != (type == ScalarType::Double))
       return false;
     for (int64_t s = 0; s < kSamples && rows > 0 && depth > 0; ++s) {
       const int64_t row = rows * s / kSamples, k = depth * (7 * s % kSamples) / kSamples, column = first + row;
-      const int64_t offset = row * weight.stride(0) + k * weight.stride(1);
-      const char* copy = kept + ((column / width * depth + k) * width + column % width) * bytes;
-      if (dtype == DType::f32 || dtype == DType::f64) {
-        if (std::memcmp(static_cast<const char*>(weight.const_data_ptr()) + offset * bytes, copy, bytes)) return false;
-      } else {
-        const float value = widened(weight, offset);
-        if (std::memcmp(&value, copy, bytes)) return false;
-      }
+      const int64_t copy = (column / width * depth + k) * width + column % width;
+      const Bits value = bits_as(type, weight, row * weight.stride(0) + k * weight.stride(1));
+      if (value != raw_bits(packed, copy)) return false;
     }
     first += rows;
+  }
+  return true;
+}
+
+bool is_packed(std::vector<Tensor> weights, std::vector<int64_t> counts, std::vector<Tensor> packed) {
+  std::span<const Tensor> rest = weights;
+  for (size_t i = 0; i < packed.size(); ++i) {
+    const size_t count = static_cast<size_t>(counts[i]);
+    if (!agrees(rest.first(count), packed[i])) return false;
+    rest = rest.subspan(count);
   }
   return true;
 }

@@ -1,6 +1,6 @@
 // scaled_dot_product_attention and varlen_attn.
 
-#include "common.h"
+#include "attention.h"
 
 namespace fastformer {
 namespace {
@@ -47,37 +47,9 @@ Tensor check_cu_seq(const Tensor& cu_seq, int64_t total, int64_t longest, const 
   return checked;
 }
 
-// Threads that the work is worth: at least some 20 microseconds for each.
-int64_t threads_for(const AttentionArgs& a) {
-  const double products = double(a.sequences) * a.heads * a.queries * a.keys * (a.head_dim + a.value_dim);
-  return std::clamp<int64_t>(int64_t(products / 1e6), 1, torch::stable::get_num_threads());
-}
-
-// f(begin, end, split) in tasks of several (sequence, kv head) pairs each, or of one share of one pair.
-template <class F> void for_pairs(int64_t pairs, int64_t splits, int64_t threads, const F& f) {
-  const int64_t each = std::max<int64_t>(1, threads == 1 ? pairs : pairs / (4 * threads));
-  parallel_tasks((pairs + each - 1) / each * splits, [&](int64_t task) {
-    const int64_t begin = task / splits * each;
-    f(begin, std::min(pairs, begin + each), task % splits);
-  });
-}
-
-// Into how many shares a pair is split where the pairs alone don't keep the threads busy.
-int64_t shares(int64_t pairs, int64_t threads, int64_t rows) {
-  constexpr int64_t kRows = 48;  // a smaller share isn't worth packing the keys once more
-  return std::clamp<int64_t>((4 * threads + pairs - 1) / pairs, 1, rows / kRows + 1);
-}
-
 void forward(const AttentionArgs& args) {
-  const Kernels& k = kernels();
-  const int64_t pairs = args.sequences * args.kv_heads, threads = threads_for(args);
-  if (pairs == 0) return;
-  const int64_t bytes = k.attention_scratch_bytes(args);
-  const bool whole = threads == 1 || pairs >= 4 * threads || pairs % threads == 0;
-  const int64_t splits = whole ? 1 : shares(pairs, threads, args.heads / args.kv_heads * args.queries);
-  for_pairs(pairs, splits, threads, [&](int64_t begin, int64_t end, int64_t split) {
-    k.attention(args, begin, end, split, splits, scratch(bytes));
-  });
+  const AttentionTasks tasks(args);
+  parallel_tasks(tasks.count(), tasks);
 }
 
 void backward(const AttentionBackwardArgs& b) {
@@ -87,8 +59,11 @@ void backward(const AttentionBackwardArgs& b) {
   if (pairs == 0) return;
   const int64_t bytes = k.attention_backward_scratch_bytes(b);
   const auto run = [&](AttentionGradients gradients, int64_t splits) {
-    for_pairs(pairs, splits, threads, [&](int64_t begin, int64_t end, int64_t split) {
-      k.attention_backward(b, gradients, begin, end, split, splits, scratch(bytes));
+    const PairTasks tasks(pairs, splits, threads);
+    parallel_tasks(tasks.count, [&](int64_t task) {
+      tasks.run(task, [&](int64_t begin, int64_t end, int64_t split) {
+        k.attention_backward(b, gradients, begin, end, split, splits, scratch(bytes));
+      });
     });
   };
   // Whole pairs take 5 products, shares of pairs 4 + 3, because grad_key and grad_query need the same scores.

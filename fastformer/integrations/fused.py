@@ -47,7 +47,7 @@ def _devices(backend: str | None) -> set[str]:
 _DEVICES = {backend: _devices(backend) for backend in (None, *backends.BACKENDS)}
 
 
-OPTIONS = ("_fastformer_quantize", "_fastformer_unpad")  # of accelerate: what a swapped module has beside its class
+OPTIONS = ("_fastformer_weights", "_fastformer_unpad")  # of accelerate: what a swapped module has beside its class
 
 
 class Path(enum.Enum):
@@ -61,7 +61,7 @@ class Fused:
     `inner`: the modules inside that it does not call, by their path, and the classes that each may have."""
 
     stock: ClassVar[type[nn.Module]]
-    _fastformer_quantize: str | None = None  # how weights are packed: see packing.Packed
+    _fastformer_weights: str | None = None  # how they are packed: see packing.Packed
     _fastformer_unpad: bool = True  # may an encoder leave padding out?
     inner: ClassVar[dict[str, Collection[type[nn.Module]]]] = {}
 
@@ -101,7 +101,7 @@ class Fused:
             and x.is_cpu
             and backend in (None, "cpu")
             # Where the machine multiplies bfloat16, torch is faster.
-            and (self._fastformer_quantize or x.dtype != torch.bfloat16 or not library.multiplies_bfloat16())
+            and (self._fastformer_weights or x.dtype != torch.bfloat16 or not library.multiplies_bfloat16())
             and not self.training
             and not torch.is_autocast_enabled("cpu")
             and not torch.jit.is_tracing()
@@ -126,8 +126,8 @@ class Fused:
         parameters = [p for owner in owners for p in owner._parameters.values() if p is not None]
         needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, *parameters))
         if unpacked or needs_grad or not self._infers(x, backend) or any(o.training for o in owners):
-            if self._fastformer_quantize and not self.training:
-                backends._warn_once(_NOT_QUANTIZED)
+            if self._fastformer_weights and not self.training:
+                backends._warn_once(_NOT_NARROW.format(self._fastformer_weights))
             return Path.OPS, None
         packed = packing.kept(self)
         if packed is None or not packed.hold():
@@ -139,14 +139,14 @@ class Fused:
         """None where the CPU's raw ops can't take the parameters, for they check nothing themselves."""
         if any(not p.is_cpu or p.dtype not in _FLOATS for p in parameters) or not all(map(_sizes_fit, owners[1:])):
             return None
-        groups, quantize = self.groups(), self._fastformer_quantize
+        groups, weights = self.groups(), self._fastformer_weights
         if groups is None or len({matrix.dtype for group in groups for matrix in group}) > 1:
             return None
-        if quantize and any(map(_quantization_obstacle, parameters)):
+        if weights and any(_narrow_obstacle(p, weights) for p in parameters):
             return None
-        if quantize and any(matrix.shape[1] > _MAX_QUANTIZED_FEATURES for group in groups for matrix in group):
+        if weights == "int8" and any(matrix.shape[1] > _MAX_QUANTIZED_FEATURES for group in groups for matrix in group):
             return None
-        return packing.keep(self, packing.Packed(self, children, groups, quantize))
+        return packing.keep(self, packing.Packed(self, children, groups, weights))
 
     def train(self, mode: bool = True):
         if mode:
@@ -174,17 +174,17 @@ class Fused:
         return copyreg._reconstructor, (self.stock, object, None), state
 
 
-_NOT_QUANTIZED = (
-    "fastformer: quantize='int8' is for inference on CPUs without gradients (torch.no_grad or torch.inference_mode) and"
+_NOT_NARROW = (
+    "fastformer: weights in {} are for inference on CPUs without gradients (torch.no_grad or torch.inference_mode) and"
     " without autocast: this call computes with the weights as they are"
 )
 _MAX_QUANTIZED_FEATURES = 65536  # the sums of more products of 8 bits may not fit into 32
 
 
-def _quantization_obstacle(parameter: Tensor) -> str | None:
+def _narrow_obstacle(parameter: Tensor, weights: str) -> str | None:
     if parameter.dtype == torch.float64:
-        return "int8 takes float32, bfloat16 and float16 weights, got float64"
-    return None if parameter.is_cpu else f"int8 is for CPUs, got a weight on {parameter.device}"
+        return f"{weights} takes float32, bfloat16 and float16 weights, got float64"
+    return None if parameter.is_cpu else f"{weights} is for CPUs, got a weight on {parameter.device}"
 
 
 def survey(module: nn.Module, fused: type[Fused] | None = None) -> tuple[list[str], list[tuple[dict, str]]]:
@@ -228,7 +228,7 @@ def _parameter_obstacle(module: nn.Module) -> str | None:
     return None
 
 
-def dtype_obstacles(module: nn.Module, fused: type[Fused], quantize: str | None) -> list[str]:
+def dtype_obstacles(module: nn.Module, fused: type[Fused], weights: str | None) -> list[str]:
     """Dtypes and devices that no fused backend takes. They can change: the ops look at them at each call."""
     owners = [module, *(modules[name] for modules, name in survey(module, fused)[1])]
     obstacles = []
@@ -237,7 +237,7 @@ def dtype_obstacles(module: nn.Module, fused: type[Fused], quantize: str | None)
             obstacles.append(f"no fused backend takes {parameter.dtype}")
         if parameter.device.type not in _DEVICES[None]:
             obstacles.append(f"no fused backend runs on {parameter.device.type}")
-        elif quantize and (obstacle := _quantization_obstacle(parameter)):
+        elif weights and (obstacle := _narrow_obstacle(parameter, weights)):
             obstacles.append(obstacle)
     return list(dict.fromkeys(obstacles))
 

@@ -97,9 +97,13 @@ class BertEncoder(layers.BertEncoder):
         **kwargs: Any,
     ):
         others = encoder_hidden_states, encoder_attention_mask, past_key_values, kwargs.get(WANTS_WEIGHTS)
-        padding = all(other is None for other in others) and takes(kwargs) and hasattr(attention_mask, "is_padding")
-        if padding and self.can_leave_padding(hidden_states, attention_mask):
-            output = self.without_padding(hidden_states, attention_mask)
+        output = None
+        if all(other is None for other in others) and takes(kwargs) and not kwargs.get("is_causal"):
+            if hasattr(attention_mask, "is_padding"):
+                output = self.without_padding(hidden_states, attention_mask)
+            if output is None:
+                output = self.stacked(hidden_states, attention_mask)
+        if output is not None:
             return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=output)
         return super().forward(
             hidden_states,

@@ -5,20 +5,106 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.gpt2 import modeling_gpt2 as stock
 
 from fastformer.integrations import layers
 from fastformer.integrations.fused import CHILDREN, SWAPS, Fused, Path, fuse
 from fastformer.integrations.huggingface import WANTS_WEIGHTS, attend, attention_obstacles, request_weights, takes
+from fastformer.integrations.key_value_cache import growing_layers
+from fastformer.integrations.stacks import stack_of
+from fastformer.packing import drop, is_hooked
 
 
 class GPT2Model(Fused):
     @functools.wraps(stock.GPT2Model.forward)
-    def forward(self, *args: Any, **kwargs: Any):
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ):
+        if self.training:
+            drop(self)
+        others = token_type_ids, inputs_embeds, encoder_hidden_states, encoder_attention_mask
+        if input_ids is not None and not torch.is_grad_enabled() and all(other is None for other in others):
+            output = self._stacked(input_ids, past_key_values, attention_mask, position_ids, use_cache, kwargs)
+            if output is not None:
+                return output
         request_weights(self, (block.attn for block in self.h), kwargs)
-        return super().forward(*args, **kwargs)
+        return super().forward(
+            input_ids=input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    def _stacked(
+        self,
+        input_ids: Tensor,
+        cache: Cache | None,
+        mask: Tensor | None,
+        position_ids: Tensor | None,
+        use_cache: bool | None,
+        kwargs: dict[str, Any],
+    ) -> BaseModelOutputWithPastAndCrossAttentions | None:
+        """The output by one op for all layers; None for a call that is not the plain one of generation."""
+        config = self.config
+        if any(kwargs.get(name, getattr(config, name, default)) != default for name, default in _PLAIN.items()):
+            return None
+        if input_ids.dim() != 2 or is_hooked(self.drop) or is_hooked(self.ln_f) or type(self.ln_f) is nn.LayerNorm:
+            return None
+        use_cache = config.use_cache if use_cache is None else use_cache
+        if use_cache and cache is None:
+            cache = DynamicCache(config=config)
+        layers = () if cache is None else growing_layers(cache, len(self.h))
+        if layers is None or (cache is not None and not use_cache):
+            return None
+        batch, length = input_ids.shape
+        past = layers[0].get_seq_length() if layers else 0
+        if mask is not None:
+            if mask.shape != (batch, past + length):
+                return None
+            mask = None if mask.all() else mask.bool()[:, None, None]
+        elif position_ids is not None and not past:
+            return None  # positions that begin anew would be sequences of their own
+        if position_ids is None:
+            position_ids = torch.arange(past, past + length, device=input_ids.device)[None]
+        x = self.wte(input_ids) + self.wpe(position_ids)
+        stack = stack_of(self, self.h, x)
+        if stack is None or self.ln_f.eps != stack.settings.eps or self.ln_f.choose(x)[0] is not Path.PACKED:
+            return None
+        heads = stack.settings.heads
+        memory = [layer.reserve(x, (batch, heads, length, x.shape[-1] // heads)) for layer in layers]
+        if None in memory or any(layer.get_seq_length() != past for layer in layers):
+            return None
+        x = stack.run(x, final_norm=self.ln_f, is_causal=True, mask=mask, caches=memory, past=past)
+        for layer in layers:
+            layer.advance(length)
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=x, past_key_values=cache)
+
+
+# What a plain call's keyword arguments are, or the config's values of the same names.
+_PLAIN = {
+    "output_attentions": False, "output_hidden_states": False, "return_dict": True, "is_causal": True,
+    "add_cross_attention": False, "debug_io": False, "cache": None, "position_bias": None, "softcap": None,
+}  # fmt: skip
 
 
 class GPT2Attention(layers.GptAttention):

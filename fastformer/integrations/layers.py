@@ -23,6 +23,7 @@ from fastformer.integrations.fused import (
     fuse,
     weight_of,
 )
+from fastformer.integrations.stacks import Settings, StackedLayer, stack_of
 from fastformer.packing import Packed, is_hooked
 
 _raw = torch.ops.fastformer_cpu
@@ -198,7 +199,7 @@ def post_norm(output: Tensor, residual: Tensor, dropout: nn.Dropout, norm: nn.La
     return ops.add_layer_norm(output, residual, shape, norm.weight, norm.bias, norm.eps, dropout_p=p)[0]
 
 
-class BertLayer(Fused):
+class BertLayer(StackedLayer):
     """The feed-forward network with its layer-norm. Each library puts the two containers first in `inner`."""
 
     inner = {
@@ -231,6 +232,28 @@ class BertLayer(Fused):
         activation = activation_of(self.intermediate.intermediate_act_fn)
         output = ops.feed_forward(x, dense1.weight, dense1.bias, dense2.weight, dense2.bias, activation=activation)
         return post_norm(output, x, self.output.dropout, self.output.LayerNorm)
+
+    def members(self):
+        return self.attention.self, self.attention.output, self
+
+    def containers(self):
+        return (self.attention,)
+
+    def vectors(self):
+        attention, norm1, norm2 = self.attention.self, self.attention.output.LayerNorm, self.output.LayerNorm
+        return (
+            norm1.weight, norm1.bias, attention.query.bias, attention.key.bias, attention.value.bias,
+            self.attention.output.dense.bias, norm2.weight, norm2.bias, self.intermediate.dense.bias,
+            self.output.dense.bias,
+        )  # fmt: skip
+
+    def settings(self):
+        attention, norm1, norm2 = self.attention.self, self.attention.output.LayerNorm, self.output.LayerNorm
+        if norm1.eps != norm2.eps or getattr(attention, "is_causal", False):
+            return None
+        heads, width = attention.num_attention_heads, norm2.normalized_shape[0]
+        hidden, activation = weight_of(self.output.dense).shape[1], activation_of(self.intermediate.intermediate_act_fn)
+        return Settings(heads, hidden, activation, (width // heads) ** -0.5, norm1.eps)
 
 
 class Tokens:
@@ -284,30 +307,49 @@ class BertEncoder(Fused):
 
     is_watched = staticmethod(is_hooked)
 
-    def can_leave_padding(self, hidden_states: Tensor, mask: Tensor | None) -> bool:
-        """Is this an inference with a padding mask, and does nobody look at what happens inside?"""
+    def without_padding(self, hidden_states: Tensor, mask: Tensor) -> Tensor | None:
+        """The last hidden states (B, S, E) of a batch with a padding mask (B, 1, 1, S), if this is an inference and
+        nobody looks at what happens inside."""
         batch, length, _ = hidden_states.shape
-        if mask is None or mask.dtype != torch.bool or mask.shape != (batch, 1, 1, length) or batch == 0:
-            return False
+        if mask.dtype != torch.bool or mask.shape != (batch, 1, 1, length) or batch == 0:
+            return None
         if not infers_without_padding(self, hidden_states):
-            return False
+            return None
         for layer in self.layer:
             if not isinstance(layer, BertLayer) or not isinstance(layer.attention.self, BertSelfAttention):
-                return False
+                return None
             if any(map(self.is_watched, (layer, layer.attention, layer.attention.self))):
-                return False
-        return True
-
-    def without_padding(self, hidden_states: Tensor, mask: Tensor) -> Tensor:
-        """The last hidden states (B, S, E) of a batch with a mask (B, 1, 1, S)."""
+                return None
         tokens = Tokens(mask[:, 0, 0])
         x = tokens.gather(hidden_states)
-        for layer in self.layer:
-            attention = layer.attention.self
-            path, packed = attention.choose(x)
-            context = tokens.attention(*attention.project(x, path, packed), path)
-            x = layer.feed_forward(layer.attention.output(context, x))
+        stack = stack_of(self, self.layer, x, self.is_watched)
+        if stack is not None:
+            x = stack.run(x, cu_seq=tokens.cu_seq, longest=tokens.longest)
+        else:
+            for layer in self.layer:
+                attention = layer.attention.self
+                path, packed = attention.choose(x)
+                context = tokens.attention(*attention.project(x, path, packed), path)
+                x = layer.feed_forward(layer.attention.output(context, x))
         return tokens.scatter(x, hidden_states.shape)
+
+    def stacked(self, hidden_states: Tensor, mask: Tensor | None) -> Tensor | None:
+        """The last hidden states (B, S, E) in one op, where that serves, for a mask (B, 1 or H, 1 or S, S)."""
+        stack = stack_of(self, self.layer, hidden_states, self.is_watched)
+        if stack is None:
+            return None
+        if mask is not None:
+            (batch, length, _), heads = hidden_states.shape, stack.settings.heads
+            wanted = (batch, heads, length, length)
+            if type(mask) is not Tensor or mask.dim() != 4 or not mask.is_cpu or mask.requires_grad:
+                return None
+            if any(given not in (1, full) for given, full in zip(mask.shape, wanted, strict=True)):
+                return None
+            if mask.shape[3] != length or not (mask.dtype == torch.bool or mask.is_floating_point()):
+                return None
+            if mask.dtype != torch.bool:
+                mask = mask.to(torch.float64 if hidden_states.dtype == torch.float64 else torch.float32)
+        return stack.run(hidden_states, mask=mask)
 
 
 class BertPredictionHeadTransform(Fused):
@@ -349,7 +391,7 @@ class GptAttention(Fused):
         return ops.linear(context, weight, bias, dropout_p=p)
 
 
-class GptBlock(Fused):
+class GptBlock(StackedLayer):
     """The residual sum and the feed-forward network. Each library puts the container first in `inner`."""
 
     inner = {
@@ -387,3 +429,20 @@ class GptBlock(Fused):
             normed, weight_of(mlp.c_fc), mlp.c_fc.bias, weight_of(mlp.c_proj), mlp.c_proj.bias,
             activation=activation_of(mlp.act), dropout_p=dropout_p(mlp.dropout), residual=x,
         )  # fmt: skip
+
+    def members(self):
+        return self.attn, self, self.ln_1
+
+    def vectors(self):
+        attn, mlp = self.attn, self.mlp
+        return (
+            self.ln_1.weight, self.ln_1.bias, attn.c_attn.bias, None, None, attn.c_proj.bias,
+            self.ln_2.weight, self.ln_2.bias, mlp.c_fc.bias, mlp.c_proj.bias,
+        )  # fmt: skip
+
+    def settings(self):
+        attn, mlp = self.attn, self.mlp
+        if self.ln_1.eps != self.ln_2.eps:
+            return None
+        hidden = weight_of(mlp.c_proj).shape[1]
+        return Settings(attn.num_heads, hidden, activation_of(mlp.act), attn.scaling, self.ln_1.eps)

@@ -38,9 +38,12 @@ class BertLayer(layers.BertLayer):
 
 class BertEncoder(layers.BertEncoder):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        if self.can_leave_padding(hidden_states, attention_mask):
-            return self.without_padding(hidden_states, attention_mask)
-        return super().forward(hidden_states, attention_mask)
+        output = None
+        if attention_mask is not None:
+            output = self.without_padding(hidden_states, attention_mask)
+        if output is None:
+            output = self.stacked(hidden_states, attention_mask)
+        return super().forward(hidden_states, attention_mask) if output is None else output
 
 
 class GptAttention(layers.GptAttention):

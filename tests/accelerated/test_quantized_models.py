@@ -99,7 +99,7 @@ class TestWeightsStay:
         logits(quantize(model))
         loaded = pickle.loads(pickle.dumps(model))
         assert not fastformer.report(loaded).fused
-        assert not any("_fastformer_quantize" in module.__dict__ for module in loaded.modules())
+        assert not any("_fastformer_weights" in module.__dict__ for module in loaded.modules())
 
     def test_switch(self, model):
         quantized = logits(quantize(model))
@@ -139,7 +139,7 @@ class TestReport:
         matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name)
         decoder = model.cls.predictions.decoder.weight  # tied to the embedding
         assert sum(row.float_bytes for row in rows) == 4 * (matrices + decoder.numel())
-        assert {row.quantize for row in rows if row.packed_bytes} == {"int8"}
+        assert {row.weights for row in rows if row.packed_bytes} == {"int8"}
         assert sum(row.packed_bytes for row in rows) < sum(row.float_bytes for row in rows)
         assert "fused, int8" in str(fastformer.report(model)) and "less than in float32" in str(
             fastformer.report(model)

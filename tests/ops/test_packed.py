@@ -49,7 +49,7 @@ def test_any_layout_of_the_weight(isa, dtype):
         weight = randn(40, 33, dtype=dtype, layout=layout)
         packed = raw.pack_weight(weight)
         assert torch.equal(packed, raw.pack_weight(weight.contiguous()))
-        assert raw.is_packed([weight], packed)
+        assert raw.is_packed([weight], [1], [packed])
 
 
 class TestIsPacked:
@@ -58,28 +58,28 @@ class TestIsPacked:
         """Three of them in a row, as query, key and value: each is looked at."""
         weights = [randn(rows, 33, dtype=dtype) for rows in (40, 17, 40)]
         packed = raw.pack_weight(torch.cat(weights))
-        assert raw.is_packed(weights, packed)
+        assert raw.is_packed(weights, [len(weights)], [packed])
         for i, weight in enumerate(weights):
             edited = [*weights[:i], weight * 1.01, *weights[i + 1 :]]
-            assert not raw.is_packed(edited, packed)
+            assert not raw.is_packed(edited, [len(edited)], [packed])
 
     def test_edit_of_a_low_rank(self):
         """As a merged LoRA: no element stays."""
         weight = randn(64, 48)
         packed = raw.pack_weight(weight)
         weight += 1e-3 * randn(64, 1) @ randn(1, 48)
-        assert not raw.is_packed([weight], packed)
+        assert not raw.is_packed([weight], [1], [packed])
 
     def test_other_shapes_and_dtypes(self):
         weight = randn(40, 33)
         packed = raw.pack_weight(weight)
-        assert not raw.is_packed([weight[:, :32]], packed)
-        assert not raw.is_packed([torch.cat(100 * [weight])], packed)
-        assert not raw.is_packed([weight.double()], packed)
+        assert not raw.is_packed([weight[:, :32]], [1], [packed])
+        assert not raw.is_packed([torch.cat(100 * [weight])], [1], [packed])
+        assert not raw.is_packed([weight.double()], [1], [packed])
 
     def test_not_a_number(self):
         weight = torch.full((4, 4), torch.nan)
-        assert raw.is_packed([weight], raw.pack_weight(weight))
+        assert raw.is_packed([weight], [1], [raw.pack_weight(weight)])
 
 
 class TestWrongPack:

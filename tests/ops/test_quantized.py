@@ -144,7 +144,7 @@ def test_any_layout_of_the_weight(dtype):
         weight = randn(40, 33, dtype=dtype, layout=layout)
         packed = raw.quantize_weight(weight)
         assert torch.equal(packed, raw.quantize_weight(weight.contiguous()))
-        assert raw.is_packed([weight], packed)
+        assert raw.is_packed([weight], [1], [packed])
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -152,12 +152,12 @@ def test_is_packed(dtype):
     """Also an edit too small to move any 8-bit value is seen."""
     weights = [randn(rows, 33, dtype=dtype) for rows in (40, 17, 70)]
     packed = raw.quantize_weight(torch.cat(weights))
-    assert raw.is_packed(weights, packed)
+    assert raw.is_packed(weights, [len(weights)], [packed])
     for i in range(3):
         edited = list(weights)
         edited[i] = torch.nextafter(weights[i], torch.full_like(weights[i], torch.inf))
-        assert not raw.is_packed(edited, packed)
-    assert not raw.is_packed(weights[:2], raw.quantize_weight(randn(57, 34, dtype=dtype)))
+        assert not raw.is_packed(edited, [len(edited)], [packed])
+    assert not raw.is_packed(weights[:2], [2], [raw.quantize_weight(randn(57, 34, dtype=dtype))])
 
 
 def test_packed_for_another_product():

@@ -75,11 +75,11 @@ constexpr int64_t kDepth = 128;
 template <class S, int ROWS, bool ACCUMULATE, bool TRANSPOSED>
 static void product_rows(int vecs, int64_t depth, const S* a, int64_t lda, const S* b, int64_t ldb, S* c, int64_t ldc) {
   if constexpr (kTileVecs == 4) {
-    if (vecs == 4) return tile_product<S, ROWS, 4, ACCUMULATE, false, TRANSPOSED>(depth, a, lda, b, ldb, c, ldc);
-    if (vecs == 3) return tile_product<S, ROWS, 3, ACCUMULATE, false, TRANSPOSED>(depth, a, lda, b, ldb, c, ldc);
+    if (vecs == 4) return tile_product<S, ROWS, 4, ACCUMULATE, 0, TRANSPOSED>(depth, a, lda, b, ldb, c, ldc);
+    if (vecs == 3) return tile_product<S, ROWS, 3, ACCUMULATE, 0, TRANSPOSED>(depth, a, lda, b, ldb, c, ldc);
   }
-  if (vecs == 2) return tile_product<S, ROWS, 2, ACCUMULATE, false, TRANSPOSED>(depth, a, lda, b, ldb, c, ldc);
-  return tile_product<S, ROWS, 1, ACCUMULATE, false, TRANSPOSED>(depth, a, lda, b, ldb, c, ldc);
+  if (vecs == 2) return tile_product<S, ROWS, 2, ACCUMULATE, 0, TRANSPOSED>(depth, a, lda, b, ldb, c, ldc);
+  return tile_product<S, ROWS, 1, ACCUMULATE, 0, TRANSPOSED>(depth, a, lda, b, ldb, c, ldc);
 }
 
 // c = a b, or c += a b, of up to kTileRows rows and kTileVecs vectors.

@@ -24,7 +24,7 @@ static int64_t copied_stride(const GemmArgs& a) { return a.depth + 16; }
 
 int64_t gemm_scratch_bytes(const GemmArgs& a) {
   const int64_t size = a.dtype == DType::f64 ? 8 : 4, sums = a.depth <= kSlice ? kTileVecs * kVecBytes : kColumns * size;
-  return kRows * (sums + (copies_rows(a) ? copied_stride(a) * size : 0));
+  return kRows * (sums + (copies_rows(a) ? copied_stride(a) * size : 0)) + kDepth * kTileVecs * kVecBytes;
 }
 
 // out (columns, rows) = the transpose of in (rows, columns), widened; rows `in_stride` and `out_stride` apart.
@@ -72,43 +72,80 @@ template <class T> static void pack_panels(const PackArgs& a, int64_t panel_begi
   }
 }
 
-void pack(const PackArgs& a, int64_t panel_begin, int64_t panel_end) {
-  dispatch(a.dtype, [&]<class T>() { pack_panels<T>(a, panel_begin, panel_end); });
-}
-
-template <class S, bool ACCUMULATE>
-static void row_tile(int rows, int64_t depth, const S* a, int64_t lda, const S* b, S* c, const char* next,
-                     int64_t step) {
-  constexpr int kV = kTileVecs;
-  constexpr int64_t kW = kPanel<S>;
-  switch (rows) {
-    case 1: return tile_product<S, 1, kV, ACCUMULATE, true>(depth, a, lda, b, kW, c, kW, next, step);
-    case 2: return tile_product<S, 2, kV, ACCUMULATE, true>(depth, a, lda, b, kW, c, kW, next, step);
-    case 3: return tile_product<S, 3, kV, ACCUMULATE, true>(depth, a, lda, b, kW, c, kW, next, step);
-    case 4: return tile_product<S, 4, kV, ACCUMULATE, true>(depth, a, lda, b, kW, c, kW, next, step);
-    case 5: return tile_product<S, 5, kV, ACCUMULATE, true>(depth, a, lda, b, kW, c, kW, next, step);
-    default: return tile_product<S, 6, kV, ACCUMULATE, true>(depth, a, lda, b, kW, c, kW, next, step);
+// To panels of 16 bits, P.
+template <class P, class T> static void pack_narrow(const PackArgs& a, int64_t panel_begin, int64_t panel_end) {
+  constexpr int64_t kW = kPanel<float>;
+  for (int64_t p = panel_begin; p < panel_end; ++p) {
+    P* out = (P*)a.packed + p * a.depth * kW;
+    const int64_t width = min<int64_t>(kW, a.columns - p * kW);
+    if (width < kW) memset((void*)out, 0, size_t(a.depth * kW) * sizeof(P));
+    for (int64_t c = 0; c < width; ++c) {
+      const T* b = (const T*)a.b + (p * kW + c) * a.b_column_stride;
+      for (int64_t k = 0; k < a.depth; ++k) out[k * kW + c] = from_compute<P>(to_compute(b[k * a.b_depth_stride]));
+    }
   }
 }
 
+void pack(const PackArgs& a, int64_t panel_begin, int64_t panel_end) {
+  dispatch(a.dtype, [&]<class T>() {
+    if constexpr (!__is_same(T, double)) {
+      if (a.packed_type == PanelType::bf16) return pack_narrow<bf16, T>(a, panel_begin, panel_end);
+      if (a.packed_type == PanelType::f16) return pack_narrow<f16, T>(a, panel_begin, panel_end);
+    }
+    pack_panels<T>(a, panel_begin, panel_end);
+  });
+}
+
+template <class S, class B, bool ACCUMULATE, int LINES>
+static void row_tile(int rows, int64_t depth, const S* a, int64_t lda, const B* b, S* c, const char* next,
+                     int64_t step) {
+  constexpr int64_t kW = kPanel<S>;
+  const auto tile = [&]<int ROWS>() {
+    tile_product<S, ROWS, kTileVecs, ACCUMULATE, LINES, false, B>(depth, a, lda, b, kW, c, kW, next, step);
+  };
+  switch (rows) {
+    case 1: return tile.template operator()<1>();
+    case 2: return tile.template operator()<2>();
+    case 3: return tile.template operator()<3>();
+    case 4: return tile.template operator()<4>();
+    case 5: return tile.template operator()<5>();
+    default: return tile.template operator()<6>();
+  }
+}
+// Few rows wait for memory: then every line is asked for, a block ahead.
+template <class S, class B, bool ACCUMULATE> static auto* row_tile_for(int64_t step) {
+  if (step > 128) return row_tile<S, B, ACCUMULATE, 4>;
+  return step > 64 ? row_tile<S, B, ACCUMULATE, 2> : row_tile<S, B, ACCUMULATE, 1>;
+}
+
 // acc (rows, panel) = or += a b for one panel and depths [k0, k1); before(begin, end) and after(begin, end) around each tile
-// of rows in its last step.
-template <class S, class Before, class After>
-FF_INLINE void panel_product(int64_t rows, int64_t k0, int64_t k1, const S* a, int64_t lda, const S* b, S* acc,
-                             Before before, After after) {
+// of rows in its last step. b of 16 bits, B, is widened once for many tiles.
+template <class S, class B, class Before, class After>
+FF_INLINE void panel_product(int64_t rows, int64_t k0, int64_t k1, const S* a, int64_t lda, const B* b, S* widened,
+                             S* acc, Before before, After after) {
   constexpr int64_t kW = kPanel<S>;
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-  for (int64_t k = k0; k == k0 || k < k1; k += kDepth) {
-    const int64_t depth = min(kDepth, k1 - k);
-    const int64_t share = depth * kW * int64_t(sizeof(S)) / tiles / 64 * 64;  // of the next block for each tile
+  const auto steps = [&]<class Block>(const Block* block, int64_t k, int64_t depth) {
+    const int64_t share = depth * kW * int64_t(sizeof(B)) / tiles / 64 * 64;  // of the next block for each tile
+    const int64_t step = depth ? share / depth : 0;
     const char* next = (const char*)(b + (k + depth) * kW);
-    const bool last = k + kDepth >= k1;
+    auto* tile = k ? row_tile_for<S, Block, true>(step) : row_tile_for<S, Block, false>(step);
+    const bool last = k + depth >= k1;
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t i = rows * t / tiles, end = rows * (t + 1) / tiles;
       if (last) before(i, end);
-      (k ? row_tile<S, true> : row_tile<S, false>)(int(end - i), depth, a + i * lda + k, lda, b + k * kW, acc + i * kW,
-                                                   next + t * share, depth ? share / depth : 0);
+      tile(int(end - i), depth, a + i * lda + k, lda, block, acc + i * kW, next + t * share, step);
       if (last) after(i, end);
+    }
+  };
+  for (int64_t k = k0; k == k0 || k < k1; k += kDepth) {
+    const int64_t depth = min(kDepth, k1 - k);
+    const B* block = b + k * kW;
+    if (__is_same(B, S) || tiles <= 2) {
+      steps(block, k, depth);
+    } else {
+      for (int64_t i = 0; i < depth * kW; i += kLanes<S>) store(widened + i, load(block + i));
+      steps(widened, k, depth);
     }
   }
 }
@@ -131,7 +168,7 @@ static void copy_rows(const GemmArgs& g, int64_t rows, const A* source, compute_
       copy[i * stride + k] = to_compute(source[i * g.a_row_stride + k * g.a_depth_stride]);
 }
 
-template <class T, class A>  // A: the type of g.a
+template <class T, class A, class B>  // A: the type of g.a, B: of the panels
 static void product(const GemmArgs& g, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end,
                     void* scratch) {
   using S = compute_t<T>;
@@ -139,7 +176,8 @@ static void product(const GemmArgs& g, int64_t row_begin, int64_t row_end, int64
   const int64_t slices = max<int64_t>(1, (g.depth + kSlice - 1) / kSlice);
   const int64_t group = slices == 1 ? 1 : kColumns / kW;  // panels whose sums wait for the next slice
   S* sums = (S*)scratch;                                  // (group, kRows, kW)
-  S* copy = sums + group * kRows * kW;                    // (kRows, copied_stride)
+  S* widened = sums + group * kRows * kW;                 // (kDepth, kW)
+  S* copy = widened + kDepth * kW;                        // (kRows, copied_stride)
   const int64_t blocks = (row_end - row_begin + kRows - 1) / kRows;
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t m0 = row_begin + (row_end - row_begin) * block / blocks;
@@ -161,7 +199,7 @@ static void product(const GemmArgs& g, int64_t row_begin, int64_t row_end, int64
           const int width = int(min<int64_t>(kW, g.columns - p * kW));
           panel_product<S>(
               rows, g.depth * slice / slices, g.depth * (slice + 1) / slices, a, lda,
-              (const S*)g.b + p * g.depth * kW, acc,
+              (const B*)g.b + p * g.depth * kW, widened, acc,
               [&](int64_t begin, int64_t end) {
                 if (last) prefetch_output<T>(g, m0 + begin, m0 + end, p * kW, width);
               },
@@ -176,10 +214,17 @@ static void product(const GemmArgs& g, int64_t row_begin, int64_t row_end, int64
 void gemm(const GemmArgs& g, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end,
           void* scratch) {
   dispatch(g.dtype, [&]<class T>() {
-    if (g.a_is_compute_type)
-      product<T, compute_t<T>>(g, row_begin, row_end, panel_begin, panel_end, scratch);
-    else
-      product<T, T>(g, row_begin, row_end, panel_begin, panel_end, scratch);
+    using S = compute_t<T>;
+    const auto with = [&]<class A>() {
+      if constexpr (!__is_same(T, double)) {
+        if (g.b_type == PanelType::bf16)
+          return product<T, A, bf16>(g, row_begin, row_end, panel_begin, panel_end, scratch);
+        if (g.b_type == PanelType::f16)
+          return product<T, A, f16>(g, row_begin, row_end, panel_begin, panel_end, scratch);
+      }
+      product<T, A, S>(g, row_begin, row_end, panel_begin, panel_end, scratch);
+    };
+    g.a_is_compute_type ? with.template operator()<S>() : with.template operator()<T>();
   });
 }
 

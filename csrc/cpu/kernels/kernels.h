@@ -61,6 +61,9 @@ constexpr int64_t kQuantizedMaxDepth = 65536;  // sums of products of 255 and 12
 constexpr int64_t quantized_panel_bytes(int64_t depth) { return (quantized_depth(depth) + 12) * kQuantizedColumns; }
 constexpr int64_t sampled_depth(int64_t column, int64_t depth) { return depth * (7 * column % 16) / 16; }
 
+// What the panels of packed weights hold: the compute type, 16 bits that are widened on the way, or QuantizedRows' peer.
+enum class PanelType { compute, bf16, f16, int8 };
+
 // output = dropout(activate(a b + bias)) + residual, and for gradients
 // output = dropout(a b) * activation_gradient(pre_activation).
 // Strides in elements. b is packed (see pack): panels of kernels().panel_columns(dtype) columns.
@@ -70,9 +73,9 @@ struct GemmArgs {
   const void* a;  // (rows, depth)
   int64_t a_row_stride, a_depth_stride;
   bool a_is_compute_type = false;  // float whatever dtype is: an intermediate result
-  const void* b;  // packed, compute type; or quantized panels
-  bool b_is_quantized = false;
-  QuantizedRows quantized;   // a, where b is quantized
+  const void* b;  // packed
+  PanelType b_type = PanelType::compute;
+  QuantizedRows quantized;   // a, where b_type is int8
   const void* bias;          // compute type, or null
   Activation activation = Activation::none;
   Dropout dropout;
@@ -92,6 +95,7 @@ struct PackArgs {
   const void* b;
   int64_t b_column_stride, b_depth_stride;
   void* packed;
+  PanelType packed_type = PanelType::compute;
 };
 
 // a (rows, depth) -> QuantizedRows

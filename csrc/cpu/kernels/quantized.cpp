@@ -381,8 +381,8 @@ static void amx_product(int64_t rows, int64_t depth, const uint8_t* a, int64_t s
     }
 }
 
-__attribute__((target("amx-tile"))) void quantized_gemm_amx(const GemmArgs& g, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end,
-                        void* scratch) {
+__attribute__((target("amx-tile"))) void quantized_gemm_amx(const GemmArgs& g, int64_t row_begin, int64_t row_end,
+                                                            int64_t panel_begin, int64_t panel_end, void* scratch) {
   const TileConfig config;
   _tile_loadconfig(&config);
   product<1024>(g, row_begin, row_end, panel_begin, panel_end, scratch, amx_product);  // one half of a panel at a time

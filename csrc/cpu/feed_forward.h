@@ -1,0 +1,77 @@
+// The two products of a feed-forward network: which thread does what.
+#pragma once
+
+#include "gemm.h"
+#include "phases.h"
+
+namespace fastformer {
+
+// Adds a product; quantized_bytes(args) of memory where b is quantized.
+inline void add_gemm(Phases& phases, GemmArgs args, char* memory) {
+  if (args.b_type == PanelType::int8) {
+    args.quantized = quantized_rows(memory, 0, args.rows, args.depth);
+    const int64_t rows = quantized_grain(args);
+    phases.add((args.rows + rows - 1) / rows, 0, [=](int64_t task) {
+      quantize(args, task * rows, std::min(args.rows, (task + 1) * rows));
+    });
+  }
+  const GemmTasks tasks(args);
+  phases.add(tasks.count(), tasks.bytes(), tasks);
+}
+inline int64_t quantized_bytes(const GemmArgs& args) {
+  return args.b_type == PanelType::int8 ? quantized_bytes(args.rows, args.depth) : 0;
+}
+
+// The hidden activation of a block of rows goes from the first product to the second within one core's L2 and never to
+// memory; where there are too few rows for blocks, all threads share each product.
+class FeedForward {
+ public:
+  // second reads what first writes: (rows, hidden) in the compute type, the rows a cache line further apart than they need
+  // be, because at a distance of some KiB they would share cache sets.
+  FeedForward(const GemmArgs& first, const GemmArgs& second) : first_(first), second_(second) {
+    const int64_t rows = first.rows, hidden = first.columns + 16;
+    row_bytes_ = hidden * compute_bytes(first.dtype);
+    first_.output_is_compute_type = second_.a_is_compute_type = true;
+    first_.output_stride = second_.a_row_stride = hidden;
+    second_.a_depth_stride = 1;
+    const int64_t most = second.b_type == PanelType::int8 ? 96 : 192;  // in L2, with the hidden activation also in 8 bits
+    const int64_t threads = torch::stable::get_num_threads();
+    blocks_ = ((rows + most - 1) / most + threads - 1) / threads * threads;
+    if (threads > 1 && rows < blocks_ * most / 2) blocks_ = 0;
+  }
+
+  // of memory that the threads share
+  int64_t bytes() const {
+    if (blocks_) return 0;
+    return hidden_bytes() + std::max(quantized_bytes(first_), quantized_bytes(second_));
+  }
+
+  void add_to(Phases& phases, char* memory) {
+    if (blocks_) return add_blocks(phases);
+    second_.a = first_.output = memory;
+    add_gemm(phases, first_, memory + hidden_bytes());
+    add_gemm(phases, second_, memory + hidden_bytes());
+  }
+
+ private:
+  int64_t hidden_bytes() const { return (first_.rows * row_bytes_ + 63) / 64 * 64; }
+
+  void add_blocks(Phases& phases) const {
+    const int64_t rows = first_.rows, blocks = blocks_, block_rows = (rows + blocks - 1) / blocks;
+    const int64_t row_bytes = row_bytes_, block_bytes = (block_rows * row_bytes + 63) / 64 * 64;
+    const int64_t work = std::max(serial_bytes(first_, block_rows), serial_bytes(second_, block_rows));
+    phases.add(blocks, block_bytes + work, [=, first = first_, second = second_](int64_t block) {
+      const int64_t begin = rows * block / blocks, end = rows * (block + 1) / blocks;
+      char* memory = static_cast<char*>(scratch(block_bytes + work));
+      GemmArgs mine1 = first, mine2 = second;
+      mine2.a = mine1.output = memory - begin * row_bytes;  // rows count from the start of the tensor
+      gemm_serial(mine1, begin, end, memory + block_bytes);
+      gemm_serial(mine2, begin, end, memory + block_bytes);
+    });
+  }
+
+  GemmArgs first_, second_;
+  int64_t row_bytes_, blocks_;
+};
+
+}  // namespace fastformer

@@ -1,0 +1,291 @@
+// packed_layers: all layers of an encoder or a decoder in one parallel region, on packed weights.
+
+#include <cstring>
+
+#include "attention.h"
+#include "feed_forward.h"
+
+namespace fastformer {
+namespace {
+
+// Pieces of one block of memory; without memory a count of how much they need.
+class Arena {
+ public:
+  explicit Arena(char* memory) : memory_(memory) {}
+  char* take(int64_t bytes) {
+    char* piece = memory_ + taken_;
+    taken_ += (bytes + 63) / 64 * 64;
+    return piece;
+  }
+  int64_t taken() const { return taken_; }
+
+ private:
+  char* memory_;
+  int64_t taken_ = 0;
+};
+
+struct Weights {
+  PackedWeight qkv, projection, hidden, output;
+};
+
+// In the compute type, null where there is none.
+struct Vectors {
+  const void *norm1_weight, *norm1_bias, *qkv_bias, *projection_bias, *norm2_weight, *norm2_bias, *hidden_bias,
+      *output_bias;
+};
+
+// Where a layer reads keys and values from, and writes the new ones to.
+struct Cache {
+  void *keys, *values;
+};
+
+struct Shape {
+  DType dtype;
+  int64_t rows, width, heads, hidden_features;
+  Activation activation;
+  double eps;
+  bool pre_norm;
+};
+
+int64_t element_bytes(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
+// The phases of layer after layer. Rows are (rows, width), contiguous but for the input's.
+class Layers {
+ public:
+  Layers(Phases& phases, const Shape& shape, const AttentionArgs& attention, char* memory)
+      : phases_(phases), s_(shape), attention_(attention), arena_(memory) {
+    const int64_t row = s_.width * element_bytes(s_.dtype), compute = compute_bytes(s_.dtype);
+    x_ = arena_.take(s_.rows * row);
+    normed_ = arena_.take(s_.rows * row);
+    qkv_ = arena_.take(s_.rows * row * 3);
+    context_ = arena_.take(s_.rows * row);
+    mean_ = arena_.take(s_.rows * compute);
+    rstd_ = arena_.take(s_.rows * compute);
+    attention_.lse.data = arena_.take(s_.rows * s_.heads * compute);
+    products_ = memory + arena_.taken();
+  }
+
+  // Adds the layer that reads `input`, rows `stride` apart, and writes `output`, which may be x().
+  void add(const Weights& w, const Vectors& v, const Cache* cache, int64_t past, const void* input, int64_t stride,
+           void* output) {
+    const void* normed = input;
+    int64_t normed_stride = stride;
+    if (s_.pre_norm) {
+      norm(input, stride, v.norm1_weight, v.norm1_bias, normed_);
+      normed = normed_, normed_stride = s_.width;
+    }
+    product(linear(w.qkv, v.qkv_bias, normed, normed_stride, nullptr, 0, qkv_));
+    if (cache) append(*cache, past);
+    attend(cache);
+    product(linear(w.projection, v.projection_bias, context_, s_.width, input, stride, x_));
+    if (s_.pre_norm) {
+      norm(x_, s_.width, v.norm2_weight, v.norm2_bias, normed_);
+      feed_forward(w, v, normed_, x_, output);
+    } else {
+      norm(x_, s_.width, v.norm1_weight, v.norm1_bias, normed_);
+      feed_forward(w, v, normed_, normed_, x_);
+      norm(x_, s_.width, v.norm2_weight, v.norm2_bias, output);
+    }
+  }
+
+  void norm(const void* input, int64_t stride, const void* weight, const void* bias, void* output) {
+    const LayerNormArgs args = {
+        .dtype = s_.dtype, .residual_dtype = s_.dtype, .columns = s_.width, .eps = s_.eps, .dropout = {},
+        .input = input, .residual = nullptr, .input_stride = stride, .residual_stride = 0,
+        .weight = weight, .bias = bias, .output = output, .sum = nullptr, .mean = mean_, .rstd = rstd_,
+    };
+    add_rows(s_.rows, s_.width, [=](int64_t begin, int64_t end) { kernels().layer_norm(args, begin, end); });
+  }
+
+  void* x() const { return x_; }
+  int64_t bytes() const { return arena_.taken() + products_bytes_; }
+
+ private:
+  // f(begin, end) over rows, in tasks of some 16K elements.
+  template <class F> void add_rows(int64_t rows, int64_t columns, F f) {
+    const int64_t each = std::max<int64_t>(1, 16384 / std::max<int64_t>(columns, 1));
+    phases_.add((rows + each - 1) / each, 0,
+                [=](int64_t task) { f(task * each, std::min(rows, (task + 1) * each)); });
+  }
+
+  GemmArgs linear(const PackedWeight& weight, const void* bias, const void* input, int64_t stride,
+                  const void* residual, int64_t residual_stride, void* output) const {
+    return {
+        .dtype = s_.dtype, .rows = s_.rows, .columns = weight.columns, .depth = weight.depth,
+        .a = input, .a_row_stride = stride, .a_depth_stride = 1, .b = weight.data(),
+        .b_type = weight.type(), .bias = bias,
+        .residual = residual, .residual_stride = residual_stride, .output = output, .output_stride = weight.columns,
+    };
+  }
+  void product(const GemmArgs& args) {
+    products_bytes_ = std::max(products_bytes_, quantized_bytes(args));
+    add_gemm(phases_, args, products_);
+  }
+  void feed_forward(const Weights& w, const Vectors& v, const void* input, const void* residual, void* output) {
+    GemmArgs first = linear(w.hidden, v.hidden_bias, input, s_.width, nullptr, 0, nullptr);
+    first.activation = s_.activation;
+    FeedForward products(first, linear(w.output, v.output_bias, nullptr, 0, residual, s_.width, output));
+    products_bytes_ = std::max(products_bytes_, products.bytes());
+    products.add_to(phases_, products_);
+  }
+
+  // The new keys and values go behind the `past` ones of the cache, (sequences, heads, capacity, head_dim).
+  void append(const Cache& cache, int64_t past) {
+    const AttentionArgs& a = attention_;
+    const int64_t element = element_bytes(s_.dtype), bytes = a.head_dim * element, row_bytes = 3 * s_.width * element;
+    add_rows(a.sequences * a.heads, a.queries * a.head_dim,
+             [=, qkv = qkv_, width = s_.width](int64_t begin, int64_t end) {
+               for (int64_t pair = begin; pair < end; ++pair) {
+                 const int64_t sequence = pair / a.heads, head = pair % a.heads;
+                 const char* key = qkv + sequence * a.queries * row_bytes + width * element + head * bytes;
+                 const int64_t to = (sequence * a.key.sequence + head * a.key.head + past * a.key.row) * element;
+                 for (int64_t q = 0; q < a.queries; ++q, key += row_bytes) {
+                   std::memcpy(static_cast<char*>(cache.keys) + to + q * bytes, key, size_t(bytes));
+                   std::memcpy(static_cast<char*>(cache.values) + to + q * bytes, key + width * element, size_t(bytes));
+                 }
+               }
+             });
+  }
+
+  void attend(const Cache* cache) {
+    AttentionArgs args = attention_;
+    const int64_t part = s_.width * element_bytes(s_.dtype);
+    args.query.data = qkv_;
+    args.key.data = cache ? cache->keys : qkv_ + part;
+    args.value.data = cache ? cache->values : qkv_ + 2 * part;
+    args.output.data = context_;
+    const AttentionTasks tasks(args);
+    phases_.add(tasks.count(), tasks.bytes(), tasks);
+  }
+
+  Phases& phases_;
+  const Shape s_;
+  AttentionArgs attention_;
+  Arena arena_;
+  char *x_, *normed_, *qkv_, *context_, *mean_, *rstd_, *products_;
+  int64_t products_bytes_ = 0;
+};
+
+// Contiguous and in the compute type; what is neither is copied, and kept.
+class VectorReader {
+ public:
+  explicit VectorReader(DType dtype) : dtype_(dtype) {}
+
+  const void* operator()(const Tensor& vector) {
+    if (vector.numel() == 0) return nullptr;
+    if (vector.scalar_type() == compute_type(dtype_) && vector.is_contiguous()) return vector.const_data_ptr();
+    kept_.push_back(*to_compute(vector, dtype_));
+    return kept_.back().const_data_ptr();
+  }
+  // One after the other: the biases of query, key and value; or the first is all of them.
+  const void* joined(const Tensor* parts, int64_t count, int64_t total) {
+    if (parts[0].numel() == total || parts[0].numel() == 0) return (*this)(parts[0]);
+    Tensor all = empty({total}, compute_type(dtype_));
+    char* to = static_cast<char*>(all.mutable_data_ptr());
+    for (int64_t i = 0; i < count; ++i) {
+      const size_t bytes = size_t(parts[i].numel() * compute_bytes(dtype_));
+      std::memcpy(to, (*this)(parts[i]), bytes);
+      to += bytes;
+    }
+    kept_.push_back(all);
+    return all.const_data_ptr();
+  }
+
+ private:
+  DType dtype_;
+  std::vector<Tensor> kept_;
+};
+
+AttentionMask mask_of(const std::optional<Tensor>& mask) {
+  if (!mask) return {};
+  const auto stride = [&](int64_t d) { return mask->size(d) == 1 ? 0 : mask->stride(d); };
+  return {mask->const_data_ptr(), mask->scalar_type() == ScalarType::Bool, stride(0), stride(1), stride(2), stride(3)};
+}
+
+Tensor packed_layers(Tensor input, std::vector<Tensor> packed, std::vector<Tensor> vectors,
+                     std::optional<Tensor> final_weight, std::optional<Tensor> final_bias, bool pre_norm,
+                     bool is_causal, int64_t heads, int64_t hidden_features, std::optional<std::string> activation,
+                     double scale, double eps, std::optional<Tensor> attn_mask, std::optional<Tensor> cu_seq,
+                     int64_t longest, std::vector<Tensor> key_cache, std::vector<Tensor> value_cache, int64_t past) {
+  constexpr size_t kWeights = 4, kVectors = 10;
+  const Rows x = rows_of(input);
+  const DType dtype = dtype_of(input);
+  const int64_t width = x.columns, head_dim = width / heads;
+  const size_t layers = packed.size() / kWeights;
+  STD_TORCH_CHECK(layers > 0 && packed.size() == kWeights * layers && vectors.size() == kVectors * layers &&
+                      key_cache.size() == value_cache.size() && (key_cache.empty() || key_cache.size() == layers),
+                  "packed_layers: 4 packed weights and 10 vectors for each layer, and caches for all layers or none");
+  const bool cached = !key_cache.empty();
+  const int64_t sequences = cu_seq ? cu_seq->size(0) - 1 : input.size(0);
+  const int64_t queries = cu_seq ? longest : input.size(1), keys = cached ? past + queries : queries;
+  for (size_t i = 0; i < key_cache.size(); ++i)
+    for (const Tensor& cache : {key_cache[i], value_cache[i]})
+      STD_TORCH_CHECK(cache.is_contiguous() && cache.scalar_type() == input.scalar_type() && cache.dim() == 4 &&
+                          cache.size(0) == sequences && cache.size(1) == heads && cache.size(2) >= keys &&
+                          cache.size(3) == head_dim && cache.size(2) == key_cache[0].size(2),
+                      "packed_layers: a cache must be (batch, heads, capacity, head_dim), contiguous, of the input's dtype");
+
+  Tensor output = empty(shape_of(input), input.scalar_type());
+  if (x.count == 0) return output;
+  const int64_t capacity = cached ? key_cache[0].size(2) : 0, part = queries * 3 * width;
+  const AttentionArgs attention = {
+      .dtype = dtype, .sequences = sequences, .heads = heads, .kv_heads = heads, .head_dim = head_dim,
+      .value_dim = head_dim, .queries = queries, .keys = keys,
+      .cu_seq_q = cu_seq ? cu_seq->const_data_ptr<int32_t>() : nullptr,
+      .cu_seq_k = cu_seq ? cu_seq->const_data_ptr<int32_t>() : nullptr,
+      .query = {nullptr, cu_seq ? 0 : part, head_dim, 3 * width},
+      .key = cached ? AttentionInput{nullptr, heads * capacity * head_dim, capacity * head_dim, head_dim}
+                    : AttentionInput{nullptr, cu_seq ? 0 : part, head_dim, 3 * width},
+      .value = cached ? AttentionInput{nullptr, heads * capacity * head_dim, capacity * head_dim, head_dim}
+                      : AttentionInput{nullptr, cu_seq ? 0 : part, head_dim, 3 * width},
+      .mask = mask_of(attn_mask), .is_causal = false, .window_left = -1, .window_right = is_causal ? 0 : -1,
+      .dropout = {}, .scale = scale,
+      .output = {nullptr, cu_seq ? 0 : queries * width, head_dim, width},
+      .lse = cu_seq ? AttentionOutput{nullptr, 0, x.count, 1} : AttentionOutput{nullptr, heads * queries, queries, 1},
+  };
+  const Shape shape = {dtype, x.count, width, heads, hidden_features, activation_of(activation), eps, pre_norm};
+
+  VectorReader read(dtype);
+  std::vector<Weights> weights;
+  std::vector<Vectors> biases;
+  for (size_t i = 0; i < layers; ++i) {
+    const Tensor* p = &packed[kWeights * i];
+    const Tensor* v = &vectors[kVectors * i];
+    weights.push_back({packed_weight(p[0], 3 * width, width, dtype), packed_weight(p[1], width, width, dtype),
+                       packed_weight(p[2], hidden_features, width, dtype),
+                       packed_weight(p[3], width, hidden_features, dtype)});
+    biases.push_back({read(v[0]), read(v[1]), read.joined(v + 2, 3, 3 * width), read(v[5]), read(v[6]), read(v[7]),
+                      read(v[8]), read(v[9])});
+  }
+
+  const void* weight = final_weight ? read(*final_weight) : nullptr;
+  const void* bias = final_bias ? read(*final_bias) : nullptr;
+
+  const auto build = [&](Phases& phases, char* memory) {
+    Layers all(phases, shape, attention, memory);
+    const void* from = x.data;
+    int64_t stride = x.stride;
+    for (size_t i = 0; i < layers; ++i) {
+      Cache cache;
+      if (cached) cache = {key_cache[i].mutable_data_ptr(), value_cache[i].mutable_data_ptr()};
+      const bool last = !pre_norm && i + 1 == layers;
+      void* to = last ? output.mutable_data_ptr() : all.x();
+      all.add(weights[i], biases[i], cached ? &cache : nullptr, past, from, stride, to);
+      from = to, stride = width;
+    }
+    if (pre_norm) all.norm(from, stride, weight, bias, output.mutable_data_ptr());
+    return all.bytes();
+  };
+  Phases phases;
+  const Tensor memory = empty({build(phases, nullptr)}, ScalarType::Byte);
+  phases = Phases();
+  build(phases, static_cast<char*>(memory.mutable_data_ptr()));
+  phases.run();
+  return output;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastformer_cpu, CPU, m) { m.impl("packed_layers", TORCH_BOX(&packed_layers)); }
+
+}  // namespace fastformer
