@@ -15,7 +15,7 @@ from fastformer.integrations import layers
 from fastformer.integrations.fused import CHILDREN, SWAPS, Fused, Path, fuse
 from fastformer.integrations.huggingface import WANTS_WEIGHTS, attend, attention_obstacles, request_weights, takes
 from fastformer.integrations.key_value_cache import growing_layers
-from fastformer.integrations.stacks import stack_of
+from fastformer.integrations.stacks import infers_eagerly, stack_of
 from fastformer.packing import drop, is_hooked
 
 
@@ -37,7 +37,7 @@ class GPT2Model(Fused):
         if self.training:
             drop(self)
         others = token_type_ids, inputs_embeds, encoder_hidden_states, encoder_attention_mask
-        if input_ids is not None and not torch.is_grad_enabled() and all(other is None for other in others):
+        if input_ids is not None and not any(other is not None for other in others) and infers_eagerly():
             output = self._stacked(input_ids, past_key_values, attention_mask, position_ids, use_cache, kwargs)
             if output is not None:
                 return output

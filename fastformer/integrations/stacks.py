@@ -89,15 +89,18 @@ class Stack:
         )  # fmt: skip
 
 
+def infers_eagerly() -> bool:
+    """Is this a call that could run on packed weights?"""
+    wanted = backends._requested()[0] != "torch"
+    return wanted and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 def stack_of(model: Fused, layers: nn.ModuleList, x: Tensor, is_watched=packing.is_hooked) -> Stack | None:
     """The stack for a call with hidden states x (B, S, E); None where the layers have to be called one by one."""
     if model.training:
         packing.drop(model)
         return None
-    backend, _ = backends._requested()
-    if backend == "torch" or torch.compiler.is_compiling() or torch.is_grad_enabled() or x.requires_grad:
-        return None
-    if not model._infers(x, backend) or len(layers) == 0:
+    if not infers_eagerly() or len(layers) == 0 or not model._infers(x, backends._requested()[0]):
         return None
     stack = packing.kept(model)
     if stack is None or not _same(stack.layers, layers) or not stack.holds(is_watched):

@@ -360,8 +360,9 @@ def test_unknown_model():
             fastformer.accelerate(unknown)
         assert classes(unknown) == before
         assert not fastformer.report(unknown).rows
-    with pytest.raises(TypeError, match="weights"):
-        fastformer.accelerate(bert(), weights="bfloat16")
+    for options in ({"weights": "int8"}, {"quantize": "int4"}, {"quantize": "int8", "weights": "bfloat16"}):
+        with pytest.raises(ValueError, match="weights|quantize"):
+            fastformer.accelerate(bert(), **options)
 
 
 def test_models_inside_of_others_are_found():
