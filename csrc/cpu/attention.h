@@ -6,9 +6,9 @@
 namespace fastformer {
 
 // Threads that the work is worth: at least some 20 microseconds for each. A few queries wait for the keys' memory.
-inline int64_t threads_for(const AttentionArgs& a) {
+inline int64_t threads_for(const AttentionArgs& a, int64_t threads) {
   const double products = double(a.sequences) * a.heads * a.queries * a.keys * (a.head_dim + a.value_dim);
-  return std::clamp<int64_t>(int64_t(products / (a.queries < 8 ? 1e5 : 1e6)), 1, torch::stable::get_num_threads());
+  return std::clamp<int64_t>(int64_t(products / (a.queries < 8 ? 1e5 : 1e6)), 1, threads);
 }
 
 // Into how many shares a pair is split where the pairs alone don't keep the threads busy.
@@ -35,7 +35,7 @@ struct PairTasks {
 // The forward.
 class AttentionTasks {
  public:
-  explicit AttentionTasks(const AttentionArgs& args) : args_(args), tasks_(tasks_of(args)) {}
+  AttentionTasks(const AttentionArgs& args, int64_t threads) : args_(args), tasks_(tasks_of(args, threads)) {}
 
   int64_t count() const { return tasks_.count; }
   int64_t bytes() const { return kernels().attention_scratch_bytes(args_); }
@@ -46,8 +46,9 @@ class AttentionTasks {
   }
 
  private:
-  static PairTasks tasks_of(const AttentionArgs& a) {
-    const int64_t pairs = a.sequences * a.kv_heads, threads = threads_for(a);
+  static PairTasks tasks_of(const AttentionArgs& a, int64_t threads) {
+    const int64_t pairs = a.sequences * a.kv_heads;
+    threads = threads_for(a, threads);
     const bool whole = threads == 1 || pairs >= 4 * threads || pairs % threads == 0;
     return {pairs, whole ? 1 : shares(pairs, threads, a.heads / a.kv_heads * a.queries), threads};
   }

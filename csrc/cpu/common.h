@@ -72,21 +72,28 @@ template <class F> void parallel_rows(int64_t rows, int64_t grain, const F& f) {
   parallel_tasks(tasks, [&](int64_t task) { f(task * grain, std::min(rows, (task + 1) * grain)); });
 }
 
-// Memory of the calling thread, aligned to a cache line, valid until its next call.
-inline void* scratch(int64_t bytes) {
-  struct Buffer {
-    void* memory = nullptr;
-    int64_t size = 0;
-    ~Buffer() { std::free(memory); }
-  };
-  static thread_local Buffer buffer;
-  if (buffer.size < bytes) {
-    std::free(buffer.memory);
-    buffer.size = (bytes + 4095) / 4096 * 4096;
-    buffer.memory = std::aligned_alloc(64, buffer.size);
-    STD_TORCH_CHECK(buffer.memory, "out of memory: ", buffer.size, " bytes of scratch");
+// Memory that is kept for the next call and grows, aligned to a cache line.
+struct Buffer {
+  void* memory = nullptr;
+  int64_t size = 0;
+
+  void* of(int64_t bytes) {
+    if (size < bytes) {
+      std::free(memory);
+      size = 0;
+      memory = std::aligned_alloc(64, (bytes + 4095) / 4096 * 4096);
+      STD_TORCH_CHECK(memory, "out of memory: ", bytes, " bytes of scratch");
+      size = bytes;
+    }
+    return memory;
   }
-  return buffer.memory;
+  ~Buffer() { std::free(memory); }
+};
+
+// Memory of the calling thread, valid until its next call.
+inline void* scratch(int64_t bytes) {
+  static thread_local Buffer buffer;
+  return buffer.of(bytes);
 }
 
 }  // namespace fastformer

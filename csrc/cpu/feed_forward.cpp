@@ -32,9 +32,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const PackedWeight& weig
       .dropout = dropout, .residual = r ? r->data : nullptr, .residual_stride = r ? r->stride : 0,
       .output = output.mutable_data_ptr(), .output_stride = weight2.columns,
   };
-  FeedForward products(first, second);
+  Phases phases(torch::stable::get_num_threads());
+  FeedForward products(first, second, phases.threads());
   const Tensor memory = empty({products.bytes()}, ScalarType::Byte);
-  Phases phases;
   products.add_to(phases, static_cast<char*>(memory.mutable_data_ptr()));
   phases.run();
   return {output, pre_activation};

@@ -15,7 +15,7 @@ inline void add_gemm(Phases& phases, GemmArgs args, char* memory) {
       quantize(args, task * rows, std::min(args.rows, (task + 1) * rows));
     });
   }
-  const GemmTasks tasks(args);
+  const GemmTasks tasks(args, phases.threads());
   phases.add(tasks.count(), tasks.bytes(), tasks);
 }
 inline int64_t quantized_bytes(const GemmArgs& args) {
@@ -28,14 +28,13 @@ class FeedForward {
  public:
   // second reads what first writes: (rows, hidden) in the compute type, the rows a cache line further apart than they need
   // be, because at a distance of some KiB they would share cache sets.
-  FeedForward(const GemmArgs& first, const GemmArgs& second) : first_(first), second_(second) {
+  FeedForward(const GemmArgs& first, const GemmArgs& second, int64_t threads) : first_(first), second_(second) {
     const int64_t rows = first.rows, hidden = first.columns + 16;
     row_bytes_ = hidden * compute_bytes(first.dtype);
     first_.output_is_compute_type = second_.a_is_compute_type = true;
     first_.output_stride = second_.a_row_stride = hidden;
     second_.a_depth_stride = 1;
     const int64_t most = second.b_type == PanelType::int8 ? 96 : 192;  // in L2, with the hidden activation also in 8 bits
-    const int64_t threads = torch::stable::get_num_threads();
     blocks_ = ((rows + most - 1) / most + threads - 1) / threads * threads;
     if (threads > 1 && rows < blocks_ * most / 2) blocks_ = 0;
   }

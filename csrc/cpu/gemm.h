@@ -107,9 +107,8 @@ inline Tensor quantize(GemmArgs& args) {
 // How a product is cut into tasks: blocks of rows x groups of panels. Where b is quantized, so are the rows of a by then.
 class GemmTasks {
  public:
-  explicit GemmTasks(const GemmArgs& args) : args_(args), product_(product_of(args)) {
+  GemmTasks(const GemmArgs& args, int64_t threads) : args_(args), product_(product_of(args)) {
     constexpr int64_t kRows = 192;  // of a task
-    const int64_t threads = torch::stable::get_num_threads();
     rows_ = threads == 1 ? 1 : (args.rows + kRows - 1) / kRows;
     const int64_t wanted = threads == 1 || args.rows * args.columns * args.depth < (1 << 16) ? 1 : 4 * threads;
     panels_ = std::clamp<int64_t>((wanted + rows_ - 1) / std::max<int64_t>(rows_, 1), 1,
@@ -132,7 +131,7 @@ class GemmTasks {
 inline void gemm(GemmArgs args) {
   std::optional<Tensor> quantized;
   if (args.b_type == PanelType::int8) quantized = quantize(args);
-  const GemmTasks tasks(args);
+  const GemmTasks tasks(args, torch::stable::get_num_threads());
   parallel_tasks(tasks.count(), tasks);
 }
 

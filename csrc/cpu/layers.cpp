@@ -41,28 +41,47 @@ struct Cache {
 
 struct Shape {
   DType dtype;
-  int64_t rows, width, heads, hidden_features;
+  int64_t width, heads, hidden_features;
   Activation activation;
   double eps;
   bool pre_norm;
 };
 
+constexpr int64_t kKeptBytes = 64 << 20;  // of the arena: new memory for each call would cost a page fault for every 4 KiB
+
 int64_t element_bytes(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
-// The phases of layer after layer. Rows are (rows, width), contiguous but for the input's.
+// Sequences, and the rows that they are.
+struct Part {
+  int64_t first_sequence, sequences, first_row, rows;
+};
+
+// The phases of layer after layer, for a part of the batch. Rows are (rows, width), contiguous but for the input's.
 class Layers {
  public:
-  Layers(Phases& phases, const Shape& shape, const AttentionArgs& attention, char* memory)
-      : phases_(phases), s_(shape), attention_(attention), arena_(memory) {
-    const int64_t row = s_.width * element_bytes(s_.dtype), compute = compute_bytes(s_.dtype);
-    x_ = arena_.take(s_.rows * row);
-    normed_ = arena_.take(s_.rows * row);
-    qkv_ = arena_.take(s_.rows * row * 3);
-    context_ = arena_.take(s_.rows * row);
-    mean_ = arena_.take(s_.rows * compute);
-    rstd_ = arena_.take(s_.rows * compute);
-    attention_.lse.data = arena_.take(s_.rows * s_.heads * compute);
+  Layers(Phases& phases, const Shape& shape, const AttentionArgs& attention, const Part& part, char* memory)
+      : phases_(phases), s_(shape), attention_(attention), part_(part), rows_(part.rows), arena_(memory) {
+    const int64_t element = element_bytes(s_.dtype), row = s_.width * element, compute = compute_bytes(s_.dtype);
+    x_ = arena_.take(rows_ * row);
+    normed_ = arena_.take(rows_ * row);
+    qkv_ = arena_.take(rows_ * row * 3);
+    context_ = arena_.take(rows_ * row);
+    mean_ = arena_.take(rows_ * compute);
+    rstd_ = arena_.take(rows_ * compute);
+    char* lse = arena_.take(rows_ * s_.heads * compute);
     products_ = memory + arena_.taken();
+
+    AttentionArgs& a = attention_;
+    a.sequences = part.sequences;
+    skipped_ = a.cu_seq_q ? part.first_row : 0;  // rows in front of the part, which cu_seq counts
+    if (a.cu_seq_q) a.cu_seq_q += part.first_sequence, a.cu_seq_k += part.first_sequence;
+    if (a.mask.data)
+      a.mask.data = static_cast<const char*>(a.mask.data) +
+                    part.first_sequence * a.mask.sequence * (a.mask.is_bool ? 1 : compute);
+    if (a.cu_seq_q) a.lse = {nullptr, 0, rows_, 1};
+    a.lse.data = lse - skipped_ * compute;
+    a.output.data = context_ - skipped_ * row;
+    a.query.data = qkv_ - skipped_ * 3 * row;
   }
 
   // Adds the layer that reads `input`, rows `stride` apart, and writes `output`, which may be x().
@@ -94,7 +113,7 @@ class Layers {
         .input = input, .residual = nullptr, .input_stride = stride, .residual_stride = 0,
         .weight = weight, .bias = bias, .output = output, .sum = nullptr, .mean = mean_, .rstd = rstd_,
     };
-    add_rows(s_.rows, s_.width, [=](int64_t begin, int64_t end) { kernels().layer_norm(args, begin, end); });
+    add_rows(rows_, s_.width, [=](int64_t begin, int64_t end) { kernels().layer_norm(args, begin, end); });
   }
 
   void* x() const { return x_; }
@@ -111,7 +130,7 @@ class Layers {
   GemmArgs linear(const PackedWeight& weight, const void* bias, const void* input, int64_t stride,
                   const void* residual, int64_t residual_stride, void* output) const {
     return {
-        .dtype = s_.dtype, .rows = s_.rows, .columns = weight.columns, .depth = weight.depth,
+        .dtype = s_.dtype, .rows = rows_, .columns = weight.columns, .depth = weight.depth,
         .a = input, .a_row_stride = stride, .a_depth_stride = 1, .b = weight.data(),
         .b_type = weight.type(), .bias = bias,
         .residual = residual, .residual_stride = residual_stride, .output = output, .output_stride = weight.columns,
@@ -124,7 +143,8 @@ class Layers {
   void feed_forward(const Weights& w, const Vectors& v, const void* input, const void* residual, void* output) {
     GemmArgs first = linear(w.hidden, v.hidden_bias, input, s_.width, nullptr, 0, nullptr);
     first.activation = s_.activation;
-    FeedForward products(first, linear(w.output, v.output_bias, nullptr, 0, residual, s_.width, output));
+    FeedForward products(first, linear(w.output, v.output_bias, nullptr, 0, residual, s_.width, output),
+                         phases_.threads());
     products_bytes_ = std::max(products_bytes_, products.bytes());
     products.add_to(phases_, products_);
   }
@@ -150,17 +170,19 @@ class Layers {
   void attend(const Cache* cache) {
     AttentionArgs args = attention_;
     const int64_t part = s_.width * element_bytes(s_.dtype);
-    args.query.data = qkv_;
-    args.key.data = cache ? cache->keys : qkv_ + part;
-    args.value.data = cache ? cache->values : qkv_ + 2 * part;
-    args.output.data = context_;
-    const AttentionTasks tasks(args);
+    const char* qkv = static_cast<const char*>(args.query.data);
+    args.key.data = cache ? cache->keys : qkv + part;
+    args.value.data = cache ? cache->values : qkv + 2 * part;
+    const AttentionTasks tasks(args, phases_.threads());
     phases_.add(tasks.count(), tasks.bytes(), tasks);
   }
 
   Phases& phases_;
   const Shape s_;
   AttentionArgs attention_;
+  const Part part_;
+  const int64_t rows_;
+  int64_t skipped_;
   Arena arena_;
   char *x_, *normed_, *qkv_, *context_, *mean_, *rstd_, *products_;
   int64_t products_bytes_ = 0;
@@ -200,6 +222,23 @@ AttentionMask mask_of(const std::optional<Tensor>& mask) {
   if (!mask) return {};
   const auto stride = [&](int64_t d) { return mask->size(d) == 1 ? 0 : mask->stride(d); };
   return {mask->const_data_ptr(), mask->scalar_type() == ScalarType::Bool, stride(0), stride(1), stride(2), stride(3)};
+}
+
+// Where there are enough sequences, each thread takes some of them through all layers: what it computes stays in its cache,
+// and nobody waits. Else one part, which the threads share.
+std::vector<Part> parts_of(const AttentionArgs& a, int64_t rows) {
+  constexpr int64_t kLeast = 96, kMost = 192;  // rows for which it pays to read the weights; that stay in cache
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t count = (rows + threads * kMost - 1) / (threads * kMost) * threads;
+  if (a.sequences < count || rows < count * kLeast || a.queries > kMost || count == 1) return {{0, a.sequences, 0, rows}};
+  std::vector<Part> parts;
+  const auto row = [&](int64_t sequence) { return a.cu_seq_q ? int64_t(a.cu_seq_q[sequence]) : sequence * a.queries; };
+  for (int64_t p = 0, sequence = 0; p < count && sequence < a.sequences; ++p) {
+    const int64_t first = sequence;
+    while (sequence < a.sequences && row(sequence) < rows * (p + 1) / count) ++sequence;
+    if (sequence > first) parts.push_back({first, sequence - first, row(first), row(sequence) - row(first)});
+  }
+  return parts;
 }
 
 Tensor packed_layers(Tensor input, std::vector<Tensor> packed, std::vector<Tensor> vectors,
@@ -243,7 +282,7 @@ Tensor packed_layers(Tensor input, std::vector<Tensor> packed, std::vector<Tenso
       .output = {nullptr, cu_seq ? 0 : queries * width, head_dim, width},
       .lse = cu_seq ? AttentionOutput{nullptr, 0, x.count, 1} : AttentionOutput{nullptr, heads * queries, queries, 1},
   };
-  const Shape shape = {dtype, x.count, width, heads, hidden_features, activation_of(activation), eps, pre_norm};
+  const Shape shape = {dtype, width, heads, hidden_features, activation_of(activation), eps, pre_norm};
 
   VectorReader read(dtype);
   std::vector<Weights> weights;
@@ -261,26 +300,35 @@ Tensor packed_layers(Tensor input, std::vector<Tensor> packed, std::vector<Tenso
   const void* weight = final_weight ? read(*final_weight) : nullptr;
   const void* bias = final_bias ? read(*final_bias) : nullptr;
 
-  const auto build = [&](Phases& phases, char* memory) {
-    Layers all(phases, shape, attention, memory);
-    const void* from = x.data;
+  const int64_t element = element_bytes(dtype);
+  const auto build = [&](Phases& phases, const Part& part, char* memory) {
+    Layers all(phases, shape, attention, part, memory);
+    const void* from = static_cast<const char*>(x.data) + part.first_row * x.stride * element;
+    void* const result = static_cast<char*>(output.mutable_data_ptr()) + part.first_row * width * element;
     int64_t stride = x.stride;
     for (size_t i = 0; i < layers; ++i) {
       Cache cache;
-      if (cached) cache = {key_cache[i].mutable_data_ptr(), value_cache[i].mutable_data_ptr()};
+      const int64_t first = part.first_sequence * attention.key.sequence * element;
+      if (cached) cache = {static_cast<char*>(key_cache[i].mutable_data_ptr()) + first,
+                           static_cast<char*>(value_cache[i].mutable_data_ptr()) + first};
       const bool last = !pre_norm && i + 1 == layers;
-      void* to = last ? output.mutable_data_ptr() : all.x();
+      void* to = last ? result : all.x();
       all.add(weights[i], biases[i], cached ? &cache : nullptr, past, from, stride, to);
       from = to, stride = width;
     }
-    if (pre_norm) all.norm(from, stride, weight, bias, output.mutable_data_ptr());
+    if (pre_norm) all.norm(from, stride, weight, bias, result);
     return all.bytes();
   };
-  Phases phases;
-  const Tensor memory = empty({build(phases, nullptr)}, ScalarType::Byte);
-  phases = Phases();
-  build(phases, static_cast<char*>(memory.mutable_data_ptr()));
-  phases.run();
+  const std::vector<Part> parts = parts_of(attention, x.count);
+  const int64_t threads = parts.size() > 1 ? 1 : torch::stable::get_num_threads();  // of a part
+  parallel_tasks(static_cast<int64_t>(parts.size()), [&](int64_t p) {
+    Phases count(threads), phases(threads);
+    const int64_t bytes = build(count, parts[p], nullptr);
+    static thread_local Buffer kept;
+    Buffer once;
+    build(phases, parts[p], static_cast<char*>((bytes <= kKeptBytes ? kept : once).of(bytes)));
+    phases.run();
+  });
   return output;
 }
 

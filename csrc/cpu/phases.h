@@ -12,6 +12,9 @@ namespace fastformer {
 // whoever takes a task runs it, so however many threads there are, even one, the work comes to its end.
 class Phases {
  public:
+  explicit Phases(int64_t threads) : threads_(threads) {}
+  int64_t threads() const { return threads_; }
+
   // f(task) for each task, in `bytes` of the thread's scratch memory at most
   void add(int64_t tasks, int64_t bytes, std::function<void(int64_t)> f) {
     if (tasks <= 0) return;
@@ -22,7 +25,7 @@ class Phases {
   }
 
   void run() const {
-    const int64_t threads = std::min<int64_t>(most_tasks_, torch::stable::get_num_threads());
+    const int64_t threads = std::min<int64_t>(most_tasks_, threads_);
     std::atomic<int64_t> next{0}, done{0};
     const auto work = [&] {
       scratch(bytes_);  // what can fail does so before a task is taken that others wait for
@@ -53,7 +56,7 @@ class Phases {
   }
 
   std::vector<Phase> phases_;
-  int64_t tasks_ = 0, most_tasks_ = 0, bytes_ = 0;
+  int64_t threads_, tasks_ = 0, most_tasks_ = 0, bytes_ = 0;
 };
 
 }  // namespace fastformer

@@ -48,14 +48,14 @@ Tensor check_cu_seq(const Tensor& cu_seq, int64_t total, int64_t longest, const 
 }
 
 void forward(const AttentionArgs& args) {
-  const AttentionTasks tasks(args);
+  const AttentionTasks tasks(args, torch::stable::get_num_threads());
   parallel_tasks(tasks.count(), tasks);
 }
 
 void backward(const AttentionBackwardArgs& b) {
   const Kernels& k = kernels();
   const AttentionArgs& a = b.forward;
-  const int64_t pairs = a.sequences * a.kv_heads, threads = threads_for(a);
+  const int64_t pairs = a.sequences * a.kv_heads, threads = threads_for(a, torch::stable::get_num_threads());
   if (pairs == 0) return;
   const int64_t bytes = k.attention_backward_scratch_bytes(b);
   const auto run = [&](AttentionGradients gradients, int64_t splits) {

@@ -18,7 +18,7 @@ template <class S> constexpr int64_t kPanel = kTileColumns<S>;
 static bool copies_rows(const GemmArgs& a) {
   const bool compute = a.a_is_compute_type || a.dtype == DType::f32 || a.dtype == DType::f64;
   const bool conflicts = a.a_row_stride % 1024 == 0 && a.rows > kTileRows;
-  return !compute || (a.a_depth_stride != 1 && a.depth != 1) || conflicts || a.rows > kRows;
+  return !compute || (a.a_depth_stride != 1 && a.depth != 1) || conflicts;
 }
 static int64_t copied_stride(const GemmArgs& a) { return a.depth + 16; }
 
