@@ -65,10 +65,24 @@ STABLE_TORCH_LIBRARY(fastformer_cpu, m) {
       "bool need_weight, bool need_bias) -> "
       "(Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias)");
 
+  // Linear-chain CRF; log_likelihood (one for each sequence), arrived and the gradients in the compute dtype. arrived: what
+  // the backward starts from, empty where it was not asked for.
+  m.def(
+      "crf_log_likelihood(Tensor emissions, Tensor tags, Tensor transitions, Tensor start, Tensor end, Tensor? mask, "
+      "bool save_arrived) -> (Tensor log_likelihood, Tensor arrived)");
+  m.def(
+      "crf_log_likelihood_backward(Tensor grad_output, Tensor emissions, Tensor tags, Tensor transitions, Tensor start, "
+      "Tensor end, Tensor? mask, Tensor arrived) -> "
+      "(Tensor grad_emissions, Tensor grad_transitions, Tensor grad_start, Tensor grad_end)");
+  m.def(
+      "crf_decode(Tensor emissions, Tensor transitions, Tensor start, Tensor end, Tensor? mask) -> Tensor tags");
+
   // Inference on weights that were packed before: (panels, in_features, panel width) in the compute dtype or in 16 bits,
   // or quantized, (panels, bytes of a panel) in int8.
   m.def("pack_weight(Tensor weight, ScalarType? dtype=None) -> Tensor");  // dtype: of panels in 16 bits
   m.def("quantize_weight(Tensor weight) -> Tensor");
+  m.def("use_huge_pages(Tensor(a!) memory) -> ()");  // where the system has them; the values stay
+
   // By samples: do the weights still agree with what was packed of them? The next counts[i] weights are, in a row, packed[i].
   m.def("is_packed(Tensor[] weights, int[] counts, Tensor[] packed) -> bool");
   m.def(

@@ -108,6 +108,19 @@ def hold(packs: Sequence[Packed]) -> bool:
     return not panels or _raw.is_packed(weights, list(map(len, groups)), panels)
 
 
+def lay_together(packs: Sequence[Packed]) -> None:
+    """Moves their panels into one block of memory, in order: it is read from end to end, in huge pages where the system
+    has them. Each panel's old memory is free as soon as it is copied."""
+    size = sum(-panels.nbytes // 64 * -64 for packed in packs for panels in packed.panels)
+    block, offset = torch.empty(size, dtype=torch.uint8), 0
+    for packed in packs:
+        for i, panels in enumerate(packed.panels):
+            place = block[offset : offset + panels.nbytes].view(panels.dtype).view(panels.shape)
+            packed.panels[i] = place.copy_(panels)
+            offset += -panels.nbytes // 64 * -64
+    _raw.use_huge_pages(block)
+
+
 def _pack(matrix: Tensor, weights: str | None) -> Tensor:
     if weights == "int8":
         return _raw.quantize_weight(matrix)

@@ -54,6 +54,7 @@ class Stack:
         self.layers, self.members, self.packs = layers, members, packs
         self.watched = [*layers, *members, *(c for layer in layers for c in layer.containers())]
         self.settings = layers[0].settings()
+        packing.lay_together(packs)
         self.panels = [panels for packed in packs for panels in packed.panels]
         none = packs[0].panels[0].new_empty(0)
         self.vectors = [none if v is None else v.detach() for layer in layers for v in layer.vectors()]
