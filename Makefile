@@ -5,19 +5,21 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 READY_214 := .venv-torch214/.ready
+PEERS := .venv-peers
 # --no-compile: Python compiles the few modules that are used when it first imports them.
 PIP_INSTALL := -m pip install -qq --no-compile --disable-pip-version-check
 
-.PHONY: help setup build build-cuda verify-gpu-kernels compare test test-cpu test-triton test-full kernel-report mutations lint format bench gpu torch214 wheel clean
+.PHONY: help setup build build-cuda verify-gpu-kernels compare test test-cpu test-triton test-full kernel-report mutations mutations-cuda lint format bench peers gpu torch214 wheel clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make compare    eager PyTorch and fused kernels side by side: error, latency, tokens/s, memory"
 	@echo "make test       the tests, but for those marked slow; make test-full runs all"
-	@echo "make kernel-report   registers, stack, spills, shared memory and tensor cores of every Triton kernel"
-	@echo "make mutations  plants mistakes in the Triton kernels, which the tests must find"
+	@echo "make kernel-report   registers, stack, spills, shared memory and tensor cores of every GPU kernel that is built"
+	@echo "make mutations  plants mistakes in the Triton kernels, which the tests must find; make mutations-cuda in CUDA's"
 	@echo "make lint       ruff check and format check; make format mends what it can"
 	@echo "make bench      the microbenchmarks of each op against eager"
+	@echo "make peers      encoders on CPUs against ONNX Runtime, OpenVINO, CTranslate2 and torch.compile (bench/results)"
 	@echo "make gpu        on an NVIDIA or AMD GPU: what it can do, are the kernels right, how fast are they (gpu.json, gpu.png)"
 	@echo "make verify-gpu-kernels   the CUDA kernels on a simulator, under checks and sanitizers"
 	@echo "make build-cuda the library of CUDA kernels, in place; needs the CUDA toolkit, but no GPU"
@@ -33,11 +35,12 @@ $(READY): constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python $(PIP_INSTALL) -c constraints.txt torch ninja setuptools
 	@echo "== Building the op library and installing fastformer in place"
-	$(BIN)/python $(PIP_INSTALL) -c constraints.txt --no-build-isolation --editable '.[dev]'
+	FASTFORMER_CUDA=0 $(BIN)/python $(PIP_INSTALL) -c constraints.txt --no-build-isolation --editable '.[dev]'
 	@touch $@
 
+# Without the CUDA kernels, for which compare and test would wait minutes: build-cuda.
 build: $(READY)
-	@$(BIN)/python setup.py --quiet build_ext --inplace
+	@FASTFORMER_CUDA=0 $(BIN)/python setup.py --quiet build_ext --inplace
 
 # Wants the CUDA toolkit, no GPU: the library loads in any torch >= 2.10 and runs in one with CUDA.
 build-cuda: $(READY)
@@ -67,9 +70,13 @@ test-full: build
 
 kernel-report: build
 	$(BIN)/python tests/kernels/report.py $(ARGS)
+	$(BIN)/python tests/sim/resources.py
 
 mutations: build
 	$(BIN)/python tests/kernels/mutations.py $(ARGS)
+
+mutations-cuda: build
+	$(BIN)/python tests/sim/mutations.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -81,6 +88,14 @@ format: $(READY)
 
 bench: build
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+
+# The peers' packages lie apart, so that those of .venv stay as they are.
+$(PEERS)/.ready: bench/peers/requirements.txt constraints.txt $(READY)
+	$(BIN)/python $(PIP_INSTALL) --upgrade --target $(PEERS) -c constraints.txt -r bench/peers/requirements.txt
+	@touch $@
+
+peers: build $(PEERS)/.ready
+	PYTHONPATH=.:$(PEERS) $(BIN)/python bench/peers/run.py $(ARGS)
 
 # With a torch of your own (ROCm, say): PYTHONPATH=. python bench/gpu.py
 gpu: build

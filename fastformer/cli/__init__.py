@@ -1,8 +1,8 @@
-"""The command line: `fastformer compare`, `info`, `verify` and `tune`."""
+"""The command line: `fastformer compare`, `info`, `verify`, `tune` and `bench`."""
 
 import typer
 
-from fastformer.cli import compare, info, tune, verify
+from fastformer.cli import bench, compare, info, tune, verify
 from fastformer.cli.errors import OneLineErrors
 
 app = typer.Typer(
@@ -15,3 +15,4 @@ app.command()(compare.compare)
 app.command()(info.info)
 app.command()(verify.verify)
 app.command()(tune.tune)
+app.command()(bench.bench)

@@ -152,6 +152,8 @@ EAGER: dict[str, Function] = {
     "linear": reference.linear,  # which composes it in the tensors' dtype
     "feed_forward": reference.feed_forward,
     "linear_cross_entropy": eager_linear_cross_entropy,
+    "crf_log_likelihood": reference.crf_log_likelihood,
+    "crf_decode": reference.crf_decode,
 }
 
 
@@ -231,6 +233,15 @@ def _options(batch: int, heads: int, head_dim: int, queries: int, keys: int, wid
         some | {"label_smoothing": 0.1},
     )  # fmt: skip
 
+    emissions = {"emissions": (batch, queries, heads + 7)}
+    emissions |= {"transitions": (heads + 7, heads + 7), "start": (heads + 7,), "end": (heads + 7,)}
+    holes = {"mask": partial(kept_positions, batch, queries)}
+    size = "x".join(map(str, emissions["emissions"]))
+    tagged = {"tags": lambda device: targets(batch * queries, heads + 7, device).view(batch, queries)}
+    yield Call("crf_log_likelihood", size, emissions, tagged | {"reduction": "none"})
+    yield Call("crf_log_likelihood", f"{size}, mask", emissions, tagged | holes)
+    yield Call("crf_decode", f"{size}, mask", emissions, holes)
+
 
 def padding_mask(batch: int, keys: int, device: torch.device) -> Tensor:
     """(B, 1, 1, Sk) bool: sequences from full length down to half of it."""
@@ -255,14 +266,22 @@ def targets(rows: int, classes: int, device: torch.device) -> Tensor:
     return drawn.to(device)
 
 
+def kept_positions(batch: int, length: int, device: torch.device) -> Tensor:
+    """(B, S) bool: a padding mask with every fifth position masked as well."""
+    return padding_mask(batch, length, device)[:, 0, 0] & (torch.arange(length, device=device) % 5 > 0)
+
+
 def results(function: Function, tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The outputs, and the gradients of all tensors for a fixed weighted sum of the outputs; in `dtype` if given."""
+    """The outputs, and the gradients of all tensors for a fixed weighted sum of the outputs, unless these are integers;
+    in `dtype` if given."""
     leaves = {name: x.detach().to(dtype or x.dtype).requires_grad_() for name, x in tensors.items()}
     torch.manual_seed(1)  # the same dropout in every run
     outputs = function(**leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    named = {"output" if i == 0 else f"output {i}": out.detach() for i, out in enumerate(outputs)}
+    if not outputs[0].is_floating_point():
+        return {name: out.double() for name, out in named.items()}
     generator = torch.Generator().manual_seed(2)
     weights = [torch.randn(out.shape, generator=generator).to(out) for out in outputs]
     gradients = torch.autograd.grad(outputs, leaves.values(), weights)
-    named = {"output" if i == 0 else f"output {i}": out.detach() for i, out in enumerate(outputs)}
     return named | {f"gradient of {name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}

@@ -145,13 +145,13 @@ def check_backend(name: str | None) -> None:
         raise UserError(f"--backend {name}: it takes tensors on GPUs, and compare runs on the CPU")
 
 
-def check_writable(path: Path | None) -> None:
+def check_writable(path: Path | None, option: str = "--json") -> None:
     """Before the work rather than after it."""
     if path is None:
         return
     target = path if path.exists() else path.parent
     if path.is_dir() or not target.exists() or not os.access(target, os.W_OK):
-        raise UserError(f"--json {path}: cannot write there")
+        raise UserError(f"{option} {path}: cannot write there")
 
 
 def measure(

@@ -157,6 +157,7 @@ struct CrossEntropyArgs {
 }  // namespace fastformer
 
 #include "attention_args.h"
+#include "crf_args.h"
 
 namespace fastformer {
 
@@ -192,6 +193,9 @@ struct Kernels {
   GatherRowsKernel* gather_rows;
   CrossEntropyKernel* cross_entropy_statistics;
   CrossEntropyKernel* cross_entropy_gradient;
+  CrfKernel* crf_log_likelihood;
+  CrfBackwardKernel* crf_backward;
+  CrfDecodeKernel* crf_decode;
   AttentionKernel* attention;
   AttentionScratchKernel* attention_scratch_bytes;
   AttentionBackwardKernel* attention_backward;
