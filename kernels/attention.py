@@ -4,6 +4,9 @@ A tensor is addressed as (sequence, head, row, column): padded (B, H, S, D) as i
 stride 0 whose first rows are in cu_seq. A query sees the keys of a band of diagonals: lowest <= key - query <= highest.
 Causality (aligned to the top left), a window (to the bottom right) and both together are such a band.
 
+The columns of a head are a tuple of one or two tiles, whose sizes are powers of two: 80 columns are 64 and 16, and not
+128 of which 48 would be multiplied for nothing.
+
 Scores are kept in units of log2: exp(x) = exp2(x log2(e)).
 """
 
@@ -19,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastformer import reference
+from fastformer.kernels.configs import float32_precision
 from fastformer.kernels.philox import dropout_keeps
 
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -64,27 +68,72 @@ def row_pointer(x, sequence, head, row):
 
 
 @triton.jit
-def load_rows(pointer, x, rows, ROWS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, CHECKED: tl.constexpr):
-    """(ROWS, BLOCK) from the row at `pointer` on; 0 beyond SIZE columns and, where CHECKED, beyond `rows` rows."""
-    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)[None, :]
-    pointers = pointer + row.to(tl.int64) * x.stride_row + column.to(tl.int64) * x.stride_column
-    if CHECKED and SIZE < BLOCK:
-        tile = tl.load(pointers, mask=(row < rows) & (column < SIZE), other=0.0)
-    elif CHECKED:
-        tile = tl.load(pointers, mask=row < rows, other=0.0)
-    elif SIZE < BLOCK:
-        tile = tl.load(pointers, mask=column < SIZE, other=0.0)
-    else:
-        tile = tl.load(pointers)
-    return tile
+def tile_of_rows(pointer, x, ROWS: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr):
+    """The pointers to (ROWS, BLOCK) elements from the row at `pointer` and column FIRST on, their rows and columns."""
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)[None, :] + FIRST
+    return pointer + row.to(tl.int64) * x.stride_row + column.to(tl.int64) * x.stride_column, row, column
 
 
 @triton.jit
-def store_rows(pointer, x, tile, rows, SIZE: tl.constexpr):
-    """The tile's first `rows` rows and SIZE columns, from the row at `pointer` on."""
-    row, column = tl.arange(0, tile.shape[0])[:, None], tl.arange(0, tile.shape[1])[None, :]
-    pointers = pointer + row.to(tl.int64) * x.stride_row + column.to(tl.int64) * x.stride_column
-    tl.store(pointers, tile.to(x.data.dtype.element_ty), mask=(row < rows) & (column < SIZE))
+def load_rows(pointer, x, rows, ROWS: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr, CHECKED: tl.constexpr):
+    """ROWS rows from the one at `pointer` on; 0 beyond SIZE columns and, where CHECKED, beyond `rows` rows."""
+    tiles = ()
+    for i in tl.static_range(len(BLOCKS)):
+        pointers, row, column = tile_of_rows(pointer, x, ROWS, i * BLOCKS[0], BLOCKS[i])
+        if CHECKED and SIZE < i * BLOCKS[0] + BLOCKS[i]:
+            tile = tl.load(pointers, mask=(row < rows) & (column < SIZE), other=0.0)
+        elif CHECKED:
+            tile = tl.load(pointers, mask=row < rows, other=0.0)
+        elif SIZE < i * BLOCKS[0] + BLOCKS[i]:
+            tile = tl.load(pointers, mask=column < SIZE, other=0.0)
+        else:
+            tile = tl.load(pointers)
+        tiles += (tile,)
+    return tiles
+
+
+@triton.jit
+def store_rows(pointer, x, tiles, rows, SIZE: tl.constexpr):
+    """The first `rows` rows and SIZE columns, from the row at `pointer` on."""
+    for i in tl.static_range(len(tiles)):
+        tile, first = tiles[i], i * tiles[0].shape[1]
+        pointers, row, column = tile_of_rows(pointer, x, tile.shape[0], first, tile.shape[1])
+        tl.store(pointers, tile.to(x.data.dtype.element_ty), mask=(row < rows) & (column < SIZE))
+
+
+@triton.jit
+def zero_rows(ROWS: tl.constexpr, BLOCKS: tl.constexpr):
+    tiles = ()
+    for i in tl.static_range(len(BLOCKS)):
+        tiles += (tl.zeros((ROWS, BLOCKS[i]), tl.float32),)
+    return tiles
+
+
+@triton.jit
+def scaled(tiles, factor):
+    """Each times factor."""
+    products = ()
+    for i in tl.static_range(len(tiles)):
+        products += (tiles[i] * factor,)
+    return products
+
+
+@triton.jit
+def dot_of_rows(a, b, PRECISION: tl.constexpr):
+    """(rows of a, rows of b)"""
+    product = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)
+    for i in tl.static_range(1, len(a)):
+        product = tl.dot(a[i], tl.trans(b[i]), product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def add_product(sums, weights, x, PRECISION: tl.constexpr):
+    """sums + weights x: each row of the sum gets its weights (sums' rows, x's rows) of the rows of x."""
+    tiles = ()
+    for i in tl.static_range(len(x)):
+        tiles += (tl.dot(weights, x[i], sums[i], input_precision=PRECISION),)
+    return tiles
 
 
 @triton.jit
@@ -192,18 +241,24 @@ def keys_of_mask(pointer, mask, begin, end):
 
 
 @triton.jit
+def dropout_keeps_each(seed, threshold, query, key, head, sequence):
+    """bool, of the shape that query and key broadcast to: does dropout keep the probability? For tiles of fewer keys
+    than share their counters: each element draws four words, and takes one."""
+    c0 = (key // 64 * 16 + key % 16 + query * 0).to(tl.uint32)
+    c1, c2, c3 = query.to(tl.uint32) + c0 * 0, head.to(tl.uint32) + c0 * 0, sequence.to(tl.uint32) + c0 * 0
+    word0, word1, word2, word3 = tl.philox(seed, c0, c1, c2, c3)
+    word = key // 16 % 4
+    return tl.where(word < 2, tl.where(word == 0, word0, word1), tl.where(word == 2, word2, word3)) >= threshold
+
+
+@triton.jit
 def dropout_keeps_tile(seed, threshold, first_key, KEYS: tl.constexpr, query, head, sequence):
     """(Q, KEYS) bool: does dropout keep the probability? `query` is (Q, 1)."""
     if KEYS % 64 == 0:
         keeps = dropout_keeps(seed, threshold, first_key, KEYS, query, head, sequence)
-    else:  # fewer keys than share their counters: each draws four words, and takes one
+    else:
         key = first_key + tl.arange(0, KEYS)[None, :]
-        c0 = (key // 64 * 16 + key % 16 + query * 0).to(tl.uint32)
-        c1, c2, c3 = query.to(tl.uint32) + c0 * 0, head.to(tl.uint32) + c0 * 0, sequence.to(tl.uint32) + c0 * 0
-        word0, word1, word2, word3 = tl.philox(seed, c0, c1, c2, c3)
-        word = key // 16 % 4
-        drawn = tl.where(word < 2, tl.where(word == 0, word0, word1), tl.where(word == 2, word2, word3))
-        keeps = drawn >= threshold
+        keeps = dropout_keeps_each(seed, threshold, query, key, head, sequence)
     return keeps
 
 
@@ -220,12 +275,20 @@ class Call:
     arguments: dict  # of the kernels, by name
 
     @property
-    def block_d(self) -> int:
-        return self.arguments["BLOCK_D"]
+    def padded_size(self) -> int:
+        """A power of two, not below the head sizes of query and value."""
+        return padded_size(max(self.arguments["HEAD_SIZE"], self.arguments["VALUE_SIZE"]))
 
     @property
-    def block_dv(self) -> int:
-        return self.arguments["BLOCK_DV"]
+    def precision(self) -> str:
+        """`float32_precision`, but "ieee" for heads above 128, where "tf32x3" spills its registers."""
+        return "ieee" if self.padded_size > 128 else float32_precision()
+
+    @property
+    def key(self) -> dict:
+        """For `configs.pick`: what of the call matters to every kernel."""
+        sizes = {name: "+".join(map(str, self.arguments[name])) for name in ("BLOCKS_D", "BLOCKS_DV")}
+        return {"dtype": str(self.dtype), "precision": self.precision, **sizes}
 
     @property
     def has_dropout(self) -> bool:
@@ -252,8 +315,15 @@ def row_statistics(x: Tensor) -> Rows:
 
 
 def padded_size(size: int) -> int:
-    """Columns of a tile that holds a head."""
+    """Columns of one tile that holds a head."""
     return max(triton.next_power_of_2(size), 16)
+
+
+def head_blocks(size: int) -> tuple[int, ...]:
+    """Columns of the one or two tiles that hold a head: 64 and 16 for 80."""
+    padded = padded_size(size)
+    first, rest = padded // 2, padded_size(size - padded // 2)
+    return (first, rest) if rest < first else (padded,)
 
 
 def call_of(
@@ -299,8 +369,8 @@ def call_of(
         "dropout_scale": 1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
         "HEAD_SIZE": query.shape[-1],
         "VALUE_SIZE": value.shape[-1],
-        "BLOCK_D": padded_size(query.shape[-1]),
-        "BLOCK_DV": padded_size(value.shape[-1]),
+        "BLOCKS_D": head_blocks(query.shape[-1]),
+        "BLOCKS_DV": head_blocks(value.shape[-1]),
         "BANDED": is_causal or window_left >= 0 or window_right >= 0,
         "MASK_PER_QUERY": attn_mask is not None and attn_mask.shape[2] > 1 and attn_mask.stride(2) != 0,
     }

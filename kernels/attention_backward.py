@@ -25,21 +25,28 @@ from fastformer.kernels.attention import (
     LOG2E,
     VARYING,
     Call,
+    add_product,
     band,
+    dot_of_rows,
+    dropout_keeps_each,
+    dropout_keeps_tile,
     hide,
+    keys_of_mask,
     load_mask,
     load_rows,
+    padded_size,
     row_pointer,
     row_statistics,
     rows,
+    scaled,
     sequence_rows,
     skip_whole,
     store_rows,
     visible,
     visible_tiles,
+    zero_rows,
 )
-from fastformer.kernels.attention_forward import keys_of_mask
-from fastformer.kernels.configs import Config, float32_precision, pick, shared_memory, target
+from fastformer.kernels.configs import Config, pick, shared_memory, target
 from fastformer.kernels.philox import dropout_keeps
 
 # But a group of one head, which is the usual one, has a kernel of its own: without the loop over the group there are
@@ -50,7 +57,7 @@ _VARYING = (*(name for name in VARYING if name != "groups"), "kv_heads")
 @triton.jit(do_not_specialize=VARYING)
 def delta_kernel(
     grad_output, output, delta, cu_seq_q, cu_stride_q, total_queries, tiles, heads,
-    VALUE_SIZE: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    VALUE_SIZE: tl.constexpr, BLOCKS_DV: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """rowsum(dO O) in float32."""
     program = tl.program_id(0)
@@ -61,11 +68,14 @@ def delta_kernel(
     left = queries - first
     do_pointer = row_pointer(grad_output, sequence, head, first_query + first)
     o_pointer = row_pointer(output, sequence, head, first_query + first)
-    do = load_rows(do_pointer, grad_output, left, BLOCK_M, VALUE_SIZE, BLOCK_DV, True).to(tl.float32)
-    o = load_rows(o_pointer, output, left, BLOCK_M, VALUE_SIZE, BLOCK_DV, True).to(tl.float32)
+    do = load_rows(do_pointer, grad_output, left, BLOCK_M, VALUE_SIZE, BLOCKS_DV, True)
+    o = load_rows(o_pointer, output, left, BLOCK_M, VALUE_SIZE, BLOCKS_DV, True)
+    sums = tl.zeros((BLOCK_M,), tl.float32)
+    for i in tl.static_range(len(BLOCKS_DV)):
+        sums += tl.sum(do[i].to(tl.float32) * o[i].to(tl.float32), 1)
     row = tl.arange(0, BLOCK_M)
     delta_pointer = row_pointer(delta, sequence, head, first_query + first)
-    tl.store(delta_pointer + row * delta.stride_row, tl.sum(do * o, 1), mask=row < left)
+    tl.store(delta_pointer + row * delta.stride_row, sums, mask=row < left)
 
 
 @triton.jit
@@ -82,29 +92,17 @@ def load_delta(pointer, delta, rows, ROWS: tl.constexpr):
     return tl.load(pointer + row * delta.stride_row, mask=row < rows, other=0.0)
 
 
-@triton.jit
-def dropout_keeps_narrow(seed, threshold, query, key, head, sequence):
-    """bool, of the shape that query and key broadcast to: does dropout keep the element? For tiles of fewer keys than
-    share their counters: each element draws four words, and takes one."""
-    c0 = (key // 64 * 16 + key % 16 + query * 0).to(tl.uint32)
-    c1, c2, c3 = query.to(tl.uint32) + c0 * 0, head.to(tl.uint32) + c0 * 0, sequence.to(tl.uint32) + c0 * 0
-    word0, word1, word2, word3 = tl.philox(seed, c0, c1, c2, c3)
-    word = key // 16 % 4
-    return tl.where(word < 2, tl.where(word == 0, word0, word1), tl.where(word == 2, word2, word3)) >= threshold
-
-
 @triton.jit(do_not_specialize=_VARYING)
 def grad_key_value_kernel(
     grad_output, query, key, value, mask, lse, delta, grad_key, grad_value, query_part, grad_output_part, cu_seq_q,
     cu_seq_k, cu_stride_q, cu_stride_k, total_queries, total_keys, tiles, heads, kv_heads, groups, window_left,
     window_right, causal_right, scale, seed, dropout_threshold, dropout_scale,
-    HEAD_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    PART_SIZE: tl.constexpr, VALUE_PART_SIZE: tl.constexpr, BANDED: tl.constexpr, MASK_PER_QUERY: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, BLOCKS_D: tl.constexpr, BLOCKS_DV: tl.constexpr,
+    PART_SIZE: tl.constexpr, VALUE_PART_SIZE: tl.constexpr, BLOCKS_PART: tl.constexpr, BLOCKS_VALUE_PART: tl.constexpr,
+    BANDED: tl.constexpr, MASK_PER_QUERY: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV, at most COLUMNS columns of them: those of query_part and grad_output_part, None where it is all."""
-    BLOCK_PART: tl.constexpr = min(BLOCK_D, COLUMNS)
-    BLOCK_VALUE_PART: tl.constexpr = min(BLOCK_DV, COLUMNS)
+    """dK and dV, or the columns of them that query_part and grad_output_part have: None where it is all."""
     program = tl.program_id(0)
     sequence, kv_head, first = program // (tiles * kv_heads), program // tiles % kv_heads, program % tiles * BLOCK_N
     first_query, queries = sequence_rows(cu_seq_q, cu_stride_q, sequence, total_queries)
@@ -112,16 +110,16 @@ def grad_key_value_kernel(
     if first >= keys:
         return
     key_row, left = first_key + first, keys - first
-    k = load_rows(row_pointer(key, sequence, kv_head, key_row), key, left, BLOCK_N, HEAD_SIZE, BLOCK_D, True)
-    v = load_rows(row_pointer(value, sequence, kv_head, key_row), value, left, BLOCK_N, VALUE_SIZE, BLOCK_DV, True)
+    k = load_rows(row_pointer(key, sequence, kv_head, key_row), key, left, BLOCK_N, HEAD_SIZE, BLOCKS_D, True)
+    v = load_rows(row_pointer(value, sequence, kv_head, key_row), value, left, BLOCK_N, VALUE_SIZE, BLOCKS_DV, True)
     key_index = first + tl.arange(0, BLOCK_N)[:, None]
     lowest, highest = band(queries, keys, window_left, window_right, causal_right)
     first_begin, first_whole, end_whole, last_end = visible_tiles(
         first, tl.minimum(left, BLOCK_N), -highest, -lowest, 0, queries, BLOCK_M, BANDED
     )
 
-    dk = tl.zeros((BLOCK_N, BLOCK_PART), tl.float32)  # without the scale
-    dv = tl.zeros((BLOCK_N, BLOCK_VALUE_PART), tl.float32)
+    dk = zero_rows(BLOCK_N, BLOCKS_PART)  # without the scale
+    dv = zero_rows(BLOCK_N, BLOCKS_VALUE_PART)
     for member in tl.range(0, groups):
         head = kv_head * groups + member
         begin, whole_begin, whole_end, end = first_begin, first_whole, end_whole, last_end
@@ -143,20 +141,20 @@ def grad_key_value_kernel(
             loop_begin, loop_end = whole_begin, whole_end
             if CHECKED:
                 loop_begin, loop_end = begin, end - (whole_end - whole_begin)
-            for loop_start in tl.range(loop_begin, loop_end, BLOCK_M):
+            for loop_start in tl.range(loop_begin, loop_end, BLOCK_M, disable_licm=not HOIST):
                 start = skip_whole(loop_start, whole_begin, whole_end) if CHECKED else loop_start
                 row = first_query + start
                 q_pointer = row_pointer(query, sequence, head, row)
                 do_pointer = row_pointer(grad_output, sequence, head, row)
-                q = load_rows(q_pointer, query, queries - start, BLOCK_M, HEAD_SIZE, BLOCK_D, CHECKED)
-                do = load_rows(do_pointer, grad_output, queries - start, BLOCK_M, VALUE_SIZE, BLOCK_DV, CHECKED)
+                q = load_rows(q_pointer, query, queries - start, BLOCK_M, HEAD_SIZE, BLOCKS_D, CHECKED)
+                do = load_rows(do_pointer, grad_output, queries - start, BLOCK_M, VALUE_SIZE, BLOCKS_DV, CHECKED)
                 q_part, do_part = q, do
                 if query_part is not None:
                     q_pointer = row_pointer(query_part, sequence, head, row)
                     do_pointer = row_pointer(grad_output_part, sequence, head, row)
-                    q_part = load_rows(q_pointer, query_part, queries - start, BLOCK_M, PART_SIZE, BLOCK_PART, CHECKED)
+                    q_part = load_rows(q_pointer, query_part, queries - start, BLOCK_M, PART_SIZE, BLOCKS_PART, CHECKED)
                     do_part = load_rows(
-                        do_pointer, grad_output_part, queries - start, BLOCK_M, VALUE_PART_SIZE, BLOCK_VALUE_PART,
+                        do_pointer, grad_output_part, queries - start, BLOCK_M, VALUE_PART_SIZE, BLOCKS_VALUE_PART,
                         CHECKED,
                     )  # fmt: skip
                 m = load_lse(row_pointer(lse, sequence, head, row), lse, queries - start, BLOCK_M)[None, :]
@@ -171,7 +169,7 @@ def grad_key_value_kernel(
                 if any_seen:
                     if seed is not None:  # in every turn: else the 20 words made of it stay in registers, too many
                         bits = tl.load(seed, volatile=True)
-                    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)  # (BLOCK_N, BLOCK_M)
+                    scores = dot_of_rows(k, q, PRECISION) * (scale * LOG2E)  # (BLOCK_N, BLOCK_M)
                     if CHECKED:
                         scores = hide(scores, seen, values)
                     p = tl.exp2(scores - m)
@@ -179,20 +177,21 @@ def grad_key_value_kernel(
                     if seed is not None:
                         if BLOCK_N % 64 == 0:
                             query_column = start + tl.arange(0, BLOCK_M)[:, None]
-                            kept = dropout_keeps(bits, dropout_threshold, first, BLOCK_N, query_column, head, sequence)
-                            kept = tl.trans(kept)
+                            kept = tl.trans(
+                                dropout_keeps(bits, dropout_threshold, first, BLOCK_N, query_column, head, sequence)
+                            )
                         else:
-                            kept = dropout_keeps_narrow(bits, dropout_threshold, query_index, key_index, head, sequence)
+                            kept = dropout_keeps_each(bits, dropout_threshold, query_index, key_index, head, sequence)
                         dropped = tl.where(kept, p * dropout_scale, 0.0)
-                    dv = tl.dot(dropped.to(do.dtype), do_part, dv, input_precision=PRECISION)
-                    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+                    dv = add_product(dv, dropped.to(do[0].dtype), do_part, PRECISION)
+                    dp = dot_of_rows(v, do, PRECISION)
                     if seed is not None:
                         dp = tl.where(kept, dp * dropout_scale, 0.0)
                     ds = p * (dp - d)
                     if CHECKED:
                         ds = tl.where(seen, ds, 0.0)  # dp may be anything where nothing is seen
-                    dk = tl.dot(ds.to(q.dtype), q_part, dk, input_precision=PRECISION)
-    store_rows(row_pointer(grad_key, sequence, kv_head, key_row), grad_key, dk * scale, left, PART_SIZE)
+                    dk = add_product(dk, ds.to(q[0].dtype), q_part, PRECISION)
+    store_rows(row_pointer(grad_key, sequence, kv_head, key_row), grad_key, scaled(dk, scale), left, PART_SIZE)
     store_rows(row_pointer(grad_value, sequence, kv_head, key_row), grad_value, dv, left, VALUE_PART_SIZE)
 
 
@@ -201,9 +200,9 @@ def grad_query_kernel(
     grad_output, query, key, value, mask, lse, delta, grad_query, cu_seq_q, cu_seq_k, cu_stride_q, cu_stride_k,
     total_queries, total_keys, tiles, heads, groups, window_left, window_right, causal_right, scale, seed,
     dropout_threshold, dropout_scale,
-    HEAD_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HEAD_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, BLOCKS_D: tl.constexpr, BLOCKS_DV: tl.constexpr,
     BANDED: tl.constexpr, MASK_PER_QUERY: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     sequence, head = program // (tiles * heads), program // tiles % heads
@@ -213,9 +212,9 @@ def grad_query_kernel(
     if first >= queries:
         return
     row, left = first_query + first, queries - first
-    q = load_rows(row_pointer(query, sequence, head, row), query, left, BLOCK_M, HEAD_SIZE, BLOCK_D, True)
+    q = load_rows(row_pointer(query, sequence, head, row), query, left, BLOCK_M, HEAD_SIZE, BLOCKS_D, True)
     do_pointer = row_pointer(grad_output, sequence, head, row)
-    do = load_rows(do_pointer, grad_output, left, BLOCK_M, VALUE_SIZE, BLOCK_DV, True)
+    do = load_rows(do_pointer, grad_output, left, BLOCK_M, VALUE_SIZE, BLOCKS_DV, True)
     m = load_lse(row_pointer(lse, sequence, head, row), lse, left, BLOCK_M)[:, None]
     d = load_delta(row_pointer(delta, sequence, head, row), delta, left, BLOCK_M)[:, None]
     kv_head = head // groups
@@ -237,17 +236,17 @@ def grad_query_kernel(
         whole_end = tl.where(plain, whole_end, whole_begin)
 
     bits = tl.load(seed) if seed is not None else None
-    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)  # without the scale
+    dq = zero_rows(BLOCK_M, BLOCKS_D)  # without the scale
     for CHECKED in tl.static_range(MASK_PER_QUERY, 2):  # tiles that are seen whole, then the others
         loop_begin, loop_end = whole_begin, whole_end
         if CHECKED:
             loop_begin, loop_end = begin, end - (whole_end - whole_begin)
-        for loop_start in tl.range(loop_begin, loop_end, BLOCK_N):
+        for loop_start in tl.range(loop_begin, loop_end, BLOCK_N, disable_licm=not HOIST):
             start = skip_whole(loop_start, whole_begin, whole_end) if CHECKED else loop_start
             k_pointer = row_pointer(key, sequence, kv_head, first_key + start)
             v_pointer = row_pointer(value, sequence, kv_head, first_key + start)
-            k = load_rows(k_pointer, key, keys - start, BLOCK_N, HEAD_SIZE, BLOCK_D, CHECKED)
-            v = load_rows(v_pointer, value, keys - start, BLOCK_N, VALUE_SIZE, BLOCK_DV, CHECKED)
+            k = load_rows(k_pointer, key, keys - start, BLOCK_N, HEAD_SIZE, BLOCKS_D, CHECKED)
+            v = load_rows(v_pointer, value, keys - start, BLOCK_N, VALUE_SIZE, BLOCKS_DV, CHECKED)
             key_index = start + tl.arange(0, BLOCK_N)[None, :]
             any_seen = True
             if CHECKED:
@@ -256,28 +255,25 @@ def grad_query_kernel(
                 if MASK_PER_QUERY:
                     any_seen = tl.max(seen.to(tl.int32)) > 0
             if any_seen:
-                scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)  # (BLOCK_M, BLOCK_N)
+                scores = dot_of_rows(q, k, PRECISION) * (scale * LOG2E)  # (BLOCK_M, BLOCK_N)
                 if CHECKED:
                     scores = hide(scores, seen, values)
                 p = tl.exp2(scores - m)
-                dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+                dp = dot_of_rows(do, v, PRECISION)
                 if seed is not None:
-                    if BLOCK_N % 64 == 0:
-                        kept = dropout_keeps(bits, dropout_threshold, start, BLOCK_N, query_index, head, sequence)
-                    else:
-                        kept = dropout_keeps_narrow(bits, dropout_threshold, query_index, key_index, head, sequence)
+                    kept = dropout_keeps_tile(bits, dropout_threshold, start, BLOCK_N, query_index, head, sequence)
                     dp = tl.where(kept, dp * dropout_scale, 0.0)
                 ds = p * (dp - d)
                 if CHECKED:
                     ds = tl.where(seen, ds, 0.0)  # dp may be anything where nothing is seen
-                dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-    store_rows(row_pointer(grad_query, sequence, head, row), grad_query, dq * scale, left, HEAD_SIZE)
+                dq = add_product(dq, ds.to(k[0].dtype), k, PRECISION)
+    store_rows(row_pointer(grad_query, sequence, head, row), grad_query, scaled(dq, scale), left, HEAD_SIZE)
 
 
 # By kind of GPU and padded head size, the larger one of key and value: (BLOCK_M, BLOCK_N, num_warps). With dropout
-# where it has no row of its own, too. Best guess first, unmeasured: the largest tiles whose registers don't spill (but
-# gfx11 from 128 on, whose tensor cores want every operand twice: nothing was found that fits). The
-# last one has room for the loop over a group of heads and for a mask of each query's own.
+# where it has no row of its own, too. Best guess first, unmeasured: the largest tiles whose registers don't spill; but
+# gfx11's do for 256, and for 128 in float32 or with groups of heads: its tensor cores want each operand twice.
+# The last one has room for the loop over a group of heads and for a mask of each query's own.
 _Tiles = dict[str, dict[int, list[tuple[int, int, int]]]]
 _KEY_VALUE: _Tiles = {
     "sm_80": {64: [(32, 128, 8), (16, 64, 4), (16, 64, 8)], 128: [(16, 128, 8), (32, 64, 8)], 256: [(16, 32, 8)]},
@@ -288,11 +284,11 @@ _KEY_VALUE: _Tiles = {
     "sm_120": {64: [(32, 128, 8), (16, 64, 4)], 128: [(32, 64, 8), (16, 64, 8)], 256: [(16, 32, 8)]},
     "sm_120 dropout": {64: [(16, 64, 4), (16, 64, 8)], 128: [(32, 64, 8), (16, 64, 8)], 256: [(16, 32, 8)]},
     "gfx9": {64: [(32, 64, 4), (16, 64, 4)], 128: [(16, 64, 8)], 256: [(16, 32, 4)]},
-    "gfx11": {64: [(16, 32, 4)], 128: [(16, 32, 8)], 256: [(16, 16, 8)]},
+    "gfx11": {64: [(16, 32, 4)], 128: [(16, 16, 2)], 256: [(16, 16, 8)]},
     "float32": {64: [(16, 32, 8)], 128: [(16, 32, 8)], 256: [(16, 16, 8)]},
-    "tf32x3": {64: [(16, 32, 8)], 128: [(16, 16, 8)], 256: [(16, 16, 8)]},
+    "tf32x3": {64: [(16, 32, 8)], 128: [(16, 16, 8)]},
     "gfx9 float32": {64: [(16, 64, 4), (16, 32, 4)], 128: [(16, 32, 4)], 256: [(16, 16, 4)]},
-    "gfx11 float32": {64: [(16, 16, 8)], 128: [(16, 16, 8)], 256: [(16, 16, 8)]},
+    "gfx11 float32": {64: [(16, 16, 8)], 128: [(16, 16, 16)], 256: [(16, 16, 8)]},
 }
 _QUERY: _Tiles = {
     "sm_80": {64: [(128, 64, 8), (64, 64, 4)], 128: [(128, 32, 8), (64, 64, 8)], 256: [(32, 64, 8)]},
@@ -303,10 +299,10 @@ _QUERY: _Tiles = {
     "sm_120": {64: [(128, 64, 8), (64, 64, 4)], 128: [(128, 32, 8), (64, 64, 8)], 256: [(32, 64, 8)]},
     "sm_120 dropout": {64: [(128, 64, 8), (64, 64, 4)], 128: [(64, 64, 8)], 256: [(32, 64, 8)]},
     "gfx9": {64: [(64, 64, 4)], 128: [(64, 64, 4)], 256: [(32, 32, 4)]},
-    "gfx11": {64: [(64, 16, 4)], 128: [(32, 16, 4)], 256: [(16, 16, 4)]},
+    "gfx11": {64: [(64, 16, 4)], 128: [(32, 16, 4)], 256: [(16, 16, 8)]},
     "float32": {64: [(64, 32, 8), (32, 32, 8)], 128: [(16, 64, 8), (16, 32, 8)], 256: [(16, 16, 8)]},
     "float32 dropout": {64: [(32, 64, 8), (16, 64, 8)], 128: [(16, 64, 8), (16, 32, 8)], 256: [(16, 16, 8)]},
-    "tf32x3": {64: [(32, 32, 8)], 128: [(16, 32, 8)], 256: [(16, 16, 8)]},
+    "tf32x3": {64: [(32, 16, 8)], 128: [(16, 16, 8)]},
     "gfx9 float32": {64: [(32, 32, 4), (16, 32, 4)], 128: [(16, 32, 4)], 256: [(16, 16, 4)]},
     "gfx11 float32": {64: [(16, 16, 8)], 128: [(16, 16, 8)], 256: [(16, 16, 8)]},
 }
@@ -319,7 +315,7 @@ def _kind(call: Call) -> str:
         gpu = "gfx9" if gpu.startswith("gfx9") else "gfx11"
         return gpu + " float32" * (call.dtype == torch.float32)
     if call.dtype == torch.float32:
-        return "tf32x3" if float32_precision() == "tf32x3" else "float32"
+        return "tf32x3" if call.precision == "tf32x3" else "float32"
     return gpu if gpu in _KEY_VALUE else "sm_80"
 
 
@@ -327,7 +323,7 @@ def _configs(call: Call, table: _Tiles) -> list[Config]:
     if target() == "interpreter":
         return [Config({"BLOCK_M": 16, "BLOCK_N": 64 if call.has_dropout else 16})]
     kind = _kind(call)
-    size = max(call.block_d, call.block_dv, 64)
+    size = max(call.padded_size, 64)
     tiles = table.get(kind + " dropout" * call.has_dropout, table[kind])[size]
     if call.arguments["groups"] > 1 or call.arguments["MASK_PER_QUERY"]:
         tiles = tiles[-1:]
@@ -341,8 +337,8 @@ def _configs(call: Call, table: _Tiles) -> list[Config]:
 def _columns(call: Call) -> int:
     """Of dK and dV, in one program: as many as the registers hold beside what gives the probabilities."""
     if target() != "interpreter" and _kind(call) == "gfx11":
-        return 32
-    return 64 if max(call.block_d, call.block_dv) > 128 else 128
+        return 64 if call.padded_size <= 64 else 32
+    return 64 if call.padded_size > 128 else 128
 
 
 def attention_backward(
@@ -356,9 +352,8 @@ def attention_backward(
 ) -> None:
     """Writes the gradients, which have the shapes of query, key and value."""
     key = {
-        "dtype": str(call.dtype), "block_d": call.block_d, "block_dv": call.block_dv, "dropout": call.has_dropout,
-        "grouped": call.arguments["groups"] > 1, "dense_mask": call.arguments["MASK_PER_QUERY"],
-        "precision": float32_precision(),
+        **call.key, "dropout": call.has_dropout, "grouped": call.arguments["groups"] > 1,
+        "dense_mask": call.arguments["MASK_PER_QUERY"],
     }  # fmt: skip
     delta = torch.empty_like(lse)
     arguments = {
@@ -366,7 +361,8 @@ def attention_backward(
         "grad_output": rows(grad_output),
         "lse": row_statistics(lse),
         "delta": row_statistics(delta),
-        "PRECISION": float32_precision(),
+        "PRECISION": call.precision,
+        "HOIST": not target().startswith("gfx1"),  # operands that stay: RDNA's lanes have no room for them
     }
     block = 32
     tiles = triton.cdiv(call.max_queries, block)
@@ -374,16 +370,17 @@ def attention_backward(
         a = call.arguments
         delta_kernel[(programs,)](
             arguments["grad_output"], rows(output), arguments["delta"], a["cu_seq_q"], a["cu_stride_q"],
-            a["total_queries"], tiles, call.heads, a["VALUE_SIZE"], a["BLOCK_DV"], block,
+            a["total_queries"], tiles, call.heads, a["VALUE_SIZE"], a["BLOCKS_DV"], block,
         )  # fmt: skip
     columns = _columns(call)
     config = pick("attention_grad_key_value", _configs(call, _KEY_VALUE), **key)
     tiles = triton.cdiv(call.max_keys, config.tiles["BLOCK_N"])
     if programs := tiles * call.kv_heads * call.sequences:
-        for first in range(0, max(call.block_d, call.block_dv), columns):
+        widest = max(call.arguments["HEAD_SIZE"], call.arguments["VALUE_SIZE"])
+        whole = call.padded_size <= columns
+        for first in range(0, widest, columns):
             part = slice(first, first + columns)
             dk, dv = grad_key[..., part], grad_value[..., part]
-            whole = max(call.block_d, call.block_dv) <= columns
             grad_key_value_kernel[(programs,)](
                 **arguments,
                 grad_key=rows(dk),
@@ -392,7 +389,8 @@ def attention_backward(
                 grad_output_part=None if whole else rows(grad_output[..., part]),
                 PART_SIZE=dk.shape[-1],
                 VALUE_PART_SIZE=dv.shape[-1],
-                COLUMNS=columns,
+                BLOCKS_PART=call.arguments["BLOCKS_D"] if whole else (padded_size(dk.shape[-1]),),
+                BLOCKS_VALUE_PART=call.arguments["BLOCKS_DV"] if whole else (padded_size(dv.shape[-1]),),
                 tiles=tiles,
                 kv_heads=call.kv_heads,
                 **config.arguments(),

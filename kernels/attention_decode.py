@@ -20,26 +20,32 @@ from fastformer.kernels.attention import (
     LOG2E,
     VARYING,
     Call,
+    add_product,
     band,
+    dot_of_rows,
     hide,
     keys_of_mask,
     load_mask,
     load_rows,
+    padded_size,
     row_pointer,
     row_statistics,
     rows,
+    scaled,
     sequence_rows,
     visible,
     visible_tiles,
+    zero_rows,
 )
 from fastformer.kernels.attention_forward import (
+    any_nan,
     finite_maximum,
     hoists_query,
     log_sum_exp,
     online_softmax,
     without_hidden_values,
 )
-from fastformer.kernels.configs import Config, float32_precision, pick, target
+from fastformer.kernels.configs import Config, pick, target
 
 _BLOCK_M = 16  # queries times the heads that share a key head: the least that tl.dot takes
 _MOST_PARTS = 32
@@ -50,7 +56,7 @@ def attention_decode_kernel(
     query, key, value, mask, output, lse, cu_seq_q, cu_seq_k, cu_stride_q, cu_stride_k, total_queries, total_keys,
     parts, part_keys, part_stride_output, part_stride_lse, heads, groups, window_left, window_right, causal_right,
     scale, seed, dropout_threshold, dropout_scale,
-    HEAD_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HEAD_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, BLOCKS_D: tl.constexpr, BLOCKS_DV: tl.constexpr,
     BANDED: tl.constexpr, MASK_PER_QUERY: tl.constexpr, MASK_PER_HEAD: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HOIST_Q: tl.constexpr,
 ):  # fmt: skip
@@ -62,10 +68,12 @@ def attention_decode_kernel(
     row = tl.arange(0, BLOCK_M)
     query_index, head = row // groups, kv_head * groups + row % groups
     inside = query_index < queries
-    column_d, column_dv = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_DV)[None, :]
-    q_pointers = row_pointer(query, sequence, head, first_query + query_index)[:, None]
-    q_pointers += column_d.to(tl.int64) * query.stride_column
-    q = tl.load(q_pointers, mask=inside[:, None] & (column_d < HEAD_SIZE), other=0.0)
+    q_rows = row_pointer(query, sequence, head, first_query + query_index)[:, None]
+    q = ()
+    for i in tl.static_range(len(BLOCKS_D)):
+        column = tl.arange(0, BLOCKS_D[i])[None, :] + i * BLOCKS_D[0]
+        q_pointers = q_rows + column.to(tl.int64) * query.stride_column
+        q += (tl.load(q_pointers, mask=inside[:, None] & (column < HEAD_SIZE), other=0.0),)
 
     begin = part * part_keys
     end = tl.minimum(begin + part_keys, keys)
@@ -83,30 +91,32 @@ def attention_decode_kernel(
     scale *= LOG2E
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    acc = zero_rows(BLOCK_M, BLOCKS_DV)
     for start in tl.range(begin, end, BLOCK_N, disable_licm=not HOIST_Q):
         k_pointer = row_pointer(key, sequence, kv_head, first_key + start)
         v_pointer = row_pointer(value, sequence, kv_head, first_key + start)
-        k = load_rows(k_pointer, key, end - start, BLOCK_N, HEAD_SIZE, BLOCK_D, True)
-        v = load_rows(v_pointer, value, end - start, BLOCK_N, VALUE_SIZE, BLOCK_DV, True)
+        k = load_rows(k_pointer, key, end - start, BLOCK_N, HEAD_SIZE, BLOCKS_D, True)
+        v = load_rows(v_pointer, value, end - start, BLOCK_N, VALUE_SIZE, BLOCKS_DV, True)
         key_index = start + tl.arange(0, BLOCK_N)[None, :]
         values = load_mask(mask_pointer, mask, query_index[:, None], key_index, queries, end, MASK_PER_QUERY)
         seen = visible(query_index[:, None], key_index, end, lowest, highest, values, BANDED)
-        scores = hide(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale, seen, values)
+        scores = hide(dot_of_rows(q, k, PRECISION) * scale, seen, values)
         p, rescale, m, l = online_softmax(scores, tl.max(scores, 1), m, l)
-        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+        acc = add_product(scaled(acc, rescale[:, None]), p.to(v[0].dtype), v, PRECISION)
 
-    if tl.max((acc != acc).to(tl.int32)) > 0:
+    if any_nan(acc):
         acc = without_hidden_values(
             q, m, key, value, mask, mask_pointer, sequence, head, kv_head, first_key, begin, end, query_index[:, None],
-            queries, lowest, highest, scale, None, 0, HEAD_SIZE, VALUE_SIZE, BLOCK_D, BLOCK_DV, BANDED, MASK_PER_QUERY,
-            PRECISION,
+            queries, lowest, highest, scale, None, 0, HEAD_SIZE, VALUE_SIZE, BLOCKS_D, BLOCKS_DV, BANDED,
+            MASK_PER_QUERY, PRECISION,
         )  # fmt: skip
 
-    acc *= tl.where(l == 0, 0.0, 1 / l)[:, None]
-    out_pointers = row_pointer(output, sequence, head, first_query + query_index)[:, None]
-    out_pointers += part.to(tl.int64) * part_stride_output + column_dv * output.stride_column
-    tl.store(out_pointers, acc.to(output.data.dtype.element_ty), mask=inside[:, None] & (column_dv < VALUE_SIZE))
+    acc = scaled(acc, tl.where(l == 0, 0.0, 1 / l)[:, None])
+    out_rows = row_pointer(output, sequence, head, first_query + query_index) + part.to(tl.int64) * part_stride_output
+    for i in tl.static_range(len(BLOCKS_DV)):
+        column = tl.arange(0, BLOCKS_DV[i])[None, :] + i * BLOCKS_DV[0]
+        out_pointers = out_rows[:, None] + column * output.stride_column
+        tl.store(out_pointers, acc[i].to(output.data.dtype.element_ty), mask=inside[:, None] & (column < VALUE_SIZE))
     lse_pointers = row_pointer(lse, sequence, head, first_query + query_index) + part.to(tl.int64) * part_stride_lse
     tl.store(lse_pointers, log_sum_exp(m, l), mask=inside)
 
@@ -136,7 +146,7 @@ def combine_kernel(
 
 def _configs(call: Call) -> list[Config]:
     """Best guess first; not measured."""
-    size = max(call.block_d, call.block_dv)
+    size = call.padded_size
     if target() == "interpreter":
         return [Config({"BLOCK_N": 32})]
     float32 = call.dtype == torch.float32
@@ -169,9 +179,7 @@ def attention_decode(call: Call, output: Tensor, lse: Tensor) -> bool:
     programs = call.kv_heads * call.sequences
     if call.has_dropout or programs == 0 or not 0 < call.max_queries * groups <= _BLOCK_M:
         return False
-    config = pick(
-        "attention_decode", _configs(call), dtype=str(call.dtype), block_d=call.block_d, block_dv=call.block_dv
-    )
+    config = pick("attention_decode", _configs(call), **call.key)
     block_n = config.tiles["BLOCK_N"]
     parts = _parts(call, output.device, block_n)
     if parts == groups == 1:
@@ -190,7 +198,7 @@ def attention_decode(call: Call, output: Tensor, lse: Tensor) -> bool:
         part_stride_output=part_output.stride(0),
         part_stride_lse=part_lse.stride(0),
         MASK_PER_HEAD=mask is not None and groups > 1 and mask.stride_head != 0,
-        PRECISION=float32_precision(),
+        PRECISION=call.precision,
         BLOCK_M=_BLOCK_M,
         HOIST_Q=hoists_query(call),
         **config.arguments(),
@@ -207,7 +215,7 @@ def attention_decode(call: Call, output: Tensor, lse: Tensor) -> bool:
             lse.shape[-1],
             parts,
             VALUE_SIZE=call.arguments["VALUE_SIZE"],
-            BLOCK_DV=call.block_dv,
+            BLOCK_DV=padded_size(call.arguments["VALUE_SIZE"]),
             PARTS=triton.next_power_of_2(parts),
             num_warps=4,
         )

@@ -19,7 +19,9 @@ from fastformer.kernels.attention import (
     LOG2E,
     VARYING,
     Call,
+    add_product,
     band,
+    dot_of_rows,
     dropout_keeps_tile,
     hide,
     keys_of_mask,
@@ -28,19 +30,29 @@ from fastformer.kernels.attention import (
     row_pointer,
     row_statistics,
     rows,
+    scaled,
     sequence_rows,
     skip_whole,
     store_rows,
     visible,
     visible_tiles,
+    zero_rows,
 )
-from fastformer.kernels.configs import Config, float32_precision, pick, target
+from fastformer.kernels.configs import Config, pick, target
 
 
 @triton.jit
 def finite_maximum(m):
     """0 for a row that has seen no key."""
     return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def turned(tiles, negative):
+    signed = ()
+    for i in tl.static_range(len(tiles)):
+        signed += (tl.where(negative, -tiles[i], tiles[i]),)
+    return signed
 
 
 @triton.jit
@@ -58,7 +70,7 @@ def online_softmax(scores, tile_maximum, m, l):
 def without_hidden_values(
     q, m, key, value, mask, mask_pointer, sequence, head, kv_head, first_key, begin, end, query_index, queries, lowest,
     highest, scale, seed, dropout_threshold,
-    HEAD_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HEAD_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, BLOCKS_D: tl.constexpr, BLOCKS_DV: tl.constexpr,
     BANDED: tl.constexpr, MASK_PER_QUERY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The sum of the values again, for a tile whose sum is NaN: of a key or value that is seen, or only because the 0
@@ -67,26 +79,38 @@ def without_hidden_values(
     The maximum m of each row is known. Few keys at a time, so that this takes no more registers than the first pass.
     """
     KEYS: tl.constexpr = 16
-    acc = tl.zeros((q.shape[0], BLOCK_DV), tl.float32)
+    acc = zero_rows(q[0].shape[0], BLOCKS_DV)
     for start in tl.range(begin, end, KEYS, num_stages=1, disable_licm=True):
         k_pointer = row_pointer(key, sequence, kv_head, first_key + start)
         v_pointer = row_pointer(value, sequence, kv_head, first_key + start)
-        k = load_rows(k_pointer, key, end - start, KEYS, HEAD_SIZE, BLOCK_D, True)
-        v = load_rows(v_pointer, value, end - start, KEYS, VALUE_SIZE, BLOCK_DV, True)
+        k = load_rows(k_pointer, key, end - start, KEYS, HEAD_SIZE, BLOCKS_D, True)
+        v = load_rows(v_pointer, value, end - start, KEYS, VALUE_SIZE, BLOCKS_DV, True)
         key_index = start + tl.arange(0, KEYS)[None, :]
         values = load_mask(mask_pointer, mask, query_index, key_index, queries, end, MASK_PER_QUERY)
         seen = visible(query_index, key_index, end, lowest, highest, values, BANDED)
-        scores = hide(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale, seen, values)
+        scores = hide(dot_of_rows(q, k, PRECISION) * scale, seen, values)
         p = tl.exp2(scores - finite_maximum(m)[:, None])
         if seed is not None:
             keeps = dropout_keeps_tile(tl.load(seed), dropout_threshold, start, KEYS, query_index, head, sequence)
             p = tl.where(keeps, p, 0.0)
-        finite = tl.abs(v) < float("inf")
-        acc = tl.dot(p.to(v.dtype), tl.where(finite, v, 0.0), acc, input_precision=PRECISION)
-        seen = tl.broadcast_to(seen, p.shape).to(v.dtype)
-        not_finite = tl.dot(seen, tl.where(finite, 0.0, 1.0).to(v.dtype), input_precision=PRECISION)
-        acc += tl.where(not_finite > 0, float("nan"), 0.0)
+        dtype: tl.constexpr = value.data.dtype.element_ty
+        p, seen = p.to(dtype), tl.broadcast_to(seen, p.shape).to(dtype)
+        sums = ()
+        for i in tl.static_range(len(v)):
+            finite = tl.abs(v[i]) < float("inf")
+            tile = tl.dot(p, tl.where(finite, v[i], 0.0), acc[i], input_precision=PRECISION)
+            not_finite = tl.dot(seen, tl.where(finite, 0.0, 1.0).to(dtype), input_precision=PRECISION)
+            sums += (tile + tl.where(not_finite > 0, float("nan"), 0.0),)
+        acc = sums
     return acc
+
+
+@triton.jit
+def any_nan(tiles):
+    found = tl.max((tiles[0] != tiles[0]).to(tl.int32))
+    for i in tl.static_range(1, len(tiles)):
+        found = tl.maximum(found, tl.max((tiles[i] != tiles[i]).to(tl.int32)))
+    return found > 0
 
 
 @triton.jit
@@ -99,7 +123,7 @@ def log_sum_exp(m, l):
 def attention_forward_kernel(
     query, key, value, mask, output, lse, cu_seq_q, cu_seq_k, cu_stride_q, cu_stride_k, total_queries, total_keys,
     tiles, heads, groups, window_left, window_right, causal_right, scale, seed, dropout_threshold, dropout_scale,
-    HEAD_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HEAD_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, BLOCKS_D: tl.constexpr, BLOCKS_DV: tl.constexpr,
     BANDED: tl.constexpr, MASK_PER_QUERY: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HOIST_Q: tl.constexpr,
 ):  # fmt: skip
@@ -112,10 +136,10 @@ def attention_forward_kernel(
         return
     kv_head = head // groups
     q = load_rows(
-        row_pointer(query, sequence, head, first_query + first), query, queries - first, BLOCK_M, HEAD_SIZE, BLOCK_D,
+        row_pointer(query, sequence, head, first_query + first), query, queries - first, BLOCK_M, HEAD_SIZE, BLOCKS_D,
         True,
     )  # fmt: skip
-    q = tl.where(scale < 0, -q, q)  # so that a row's maximum can be taken before the scale
+    q = turned(q, scale < 0)  # so that a row's maximum can be taken before the scale
     scale = tl.abs(scale) * LOG2E
     query_index = first + tl.arange(0, BLOCK_M)[:, None]
 
@@ -136,7 +160,7 @@ def attention_forward_kernel(
 
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    acc = zero_rows(BLOCK_M, BLOCKS_DV)
     for CHECKED in tl.static_range(MASK_PER_QUERY, 2):  # the tiles that are seen whole, then the others
         loop_begin, loop_end = whole_begin, whole_end
         if CHECKED:
@@ -148,8 +172,8 @@ def attention_forward_kernel(
             start = skip_whole(loop_start, whole_begin, whole_end) if CHECKED else loop_start
             k_pointer = row_pointer(key, sequence, kv_head, first_key + start)
             v_pointer = row_pointer(value, sequence, kv_head, first_key + start)
-            k = load_rows(k_pointer, key, keys - start, BLOCK_N, HEAD_SIZE, BLOCK_D, CHECKED)
-            v = load_rows(v_pointer, value, keys - start, BLOCK_N, VALUE_SIZE, BLOCK_DV, CHECKED)
+            k = load_rows(k_pointer, key, keys - start, BLOCK_N, HEAD_SIZE, BLOCKS_D, CHECKED)
+            v = load_rows(v_pointer, value, keys - start, BLOCK_N, VALUE_SIZE, BLOCKS_DV, CHECKED)
             any_seen = True
             if CHECKED:
                 key_index = start + tl.arange(0, BLOCK_N)[None, :]
@@ -158,7 +182,7 @@ def attention_forward_kernel(
                 if MASK_PER_QUERY:
                     any_seen = tl.max(seen.to(tl.int32)) > 0
             if any_seen:
-                scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+                scores = dot_of_rows(q, k, PRECISION)  # (BLOCK_M, BLOCK_N)
                 if CHECKED:
                     scores = hide(scores * scale, seen, values)
                     tile_maximum = tl.max(scores, 1)
@@ -171,16 +195,16 @@ def attention_forward_kernel(
                         tl.load(seed), dropout_threshold, start, BLOCK_N, query_index, head, sequence
                     )
                     p = tl.where(keeps, p, 0.0)
-                acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+                acc = add_product(scaled(acc, rescale[:, None]), p.to(v[0].dtype), v, PRECISION)
 
-    if tl.max((acc != acc).to(tl.int32)) > 0:
+    if any_nan(acc):
         acc = without_hidden_values(
             q, m, key, value, mask, mask_pointer, sequence, head, kv_head, first_key, begin, end, query_index, queries,
-            lowest, highest, scale, seed, dropout_threshold, HEAD_SIZE, VALUE_SIZE, BLOCK_D, BLOCK_DV, BANDED,
+            lowest, highest, scale, seed, dropout_threshold, HEAD_SIZE, VALUE_SIZE, BLOCKS_D, BLOCKS_DV, BANDED,
             MASK_PER_QUERY, PRECISION,
         )  # fmt: skip
 
-    acc *= tl.where(l == 0, 0.0, dropout_scale / l)[:, None]
+    acc = scaled(acc, tl.where(l == 0, 0.0, dropout_scale / l)[:, None])
     output_pointer = row_pointer(output, sequence, head, first_query + first)
     store_rows(output_pointer, output, acc, queries - first, VALUE_SIZE)
     lse_pointers = row_pointer(lse, sequence, head, first_query + first) + tl.arange(0, BLOCK_M) * lse.stride_row
@@ -188,8 +212,8 @@ def attention_forward_kernel(
 
 
 # (BLOCK_M, BLOCK_N, num_warps, num_stages) by the padded head size, the larger one of key and value: the best guess
-# first. Not measured: chosen so that nothing spills (but RDNA and tf32x3 at 256 do) and that the shared memory is there
-# on every GPU of the family. Heads of 80 and 96 are padded to 128 in the products, too.
+# first. Not measured: chosen so that nothing spills (but RDNA at 256 does) and that the shared memory is there on every
+# GPU of the family.
 _PLAIN = {
     "mma": {64: [(128, 64, 8, 2), (128, 32, 8, 2)], 128: [(128, 32, 8, 2), (64, 64, 8, 2)], 256: [(64, 32, 8, 2)]},
     "wgmma": {64: [(128, 128, 8, 2), (128, 64, 8, 3)], 128: [(128, 64, 8, 2), (64, 64, 8, 2)], 256: [(64, 32, 8, 2)]},
@@ -198,7 +222,7 @@ _PLAIN = {
     "float32": {64: [(32, 64, 8, 2), (32, 32, 8, 2)], 128: [(16, 64, 16, 2), (16, 32, 8, 2)], 256: [(16, 32, 16, 2)]},
     "float32 cdna": {64: [(64, 32, 8, 2)], 128: [(32, 32, 4, 2)], 256: [(32, 16, 4, 2)]},
     "float32 rdna": {64: [(16, 16, 8, 2)], 128: [(16, 16, 16, 2)], 256: [(16, 16, 16, 2)]},
-    "tf32x3": {64: [(32, 64, 8, 2)], 128: [(16, 64, 8, 2)], 256: [(16, 16, 8, 2)]},
+    "tf32x3": {64: [(32, 32, 8, 2)], 128: [(16, 64, 8, 2)]},
 }
 _DROPOUT = {  # its words are drawn for 64 keys at once, or for each key by itself
     "mma": {64: [(64, 64, 8, 2)], 128: [(64, 64, 8, 2)], 256: [(32, 64, 8, 1)]},
@@ -208,7 +232,7 @@ _DROPOUT = {  # its words are drawn for 64 keys at once, or for each key by itse
     "float32": {64: [(16, 64, 8, 2)], 128: [(16, 64, 16, 2)], 256: [(16, 32, 16, 2)]},
     "float32 cdna": {64: [(16, 64, 8, 2)], 128: [(32, 32, 4, 2)], 256: [(32, 16, 4, 2)]},
     "float32 rdna": {64: [(16, 16, 8, 2)], 128: [(16, 16, 16, 2)], 256: [(16, 16, 16, 2)]},
-    "tf32x3": {64: [(16, 64, 8, 2)], 128: [(16, 64, 8, 2)], 256: [(16, 16, 8, 2)]},
+    "tf32x3": {64: [(16, 64, 8, 2)], 128: [(16, 64, 8, 2)]},
 }
 _MASK_PER_QUERY = {
     "mma": {64: [(128, 32, 8, 2)], 128: [(64, 32, 8, 2)], 256: [(64, 32, 8, 2)]},
@@ -218,7 +242,7 @@ _MASK_PER_QUERY = {
     "float32": {64: [(32, 32, 8, 2)], 128: [(16, 32, 8, 2)], 256: [(16, 16, 8, 2)]},
     "float32 cdna": {64: [(32, 32, 8, 2)], 128: [(16, 32, 8, 2)], 256: [(16, 16, 8, 2)]},
     "float32 rdna": {64: [(16, 16, 8, 2)], 128: [(16, 16, 16, 2)], 256: [(16, 16, 16, 2)]},
-    "tf32x3": {64: [(32, 32, 8, 2)], 128: [(16, 32, 8, 2)], 256: [(16, 16, 8, 2)]},
+    "tf32x3": {64: [(32, 32, 8, 2)], 128: [(16, 32, 8, 2)]},
 }
 
 
@@ -226,8 +250,8 @@ def hoists_query(call: Call) -> bool:
     """May it be in registers as an operand throughout the loop? Not where a thread would have whole rows of it, which
     spill: without tensor cores, and with RDNA's, whose lanes hold every element twice."""
     if target().startswith("gfx1"):
-        return max(call.block_d, call.block_dv) <= 64
-    return call.dtype != torch.float32 or float32_precision() != "ieee"
+        return call.padded_size <= 64
+    return call.dtype != torch.float32 or call.precision != "ieee"
 
 
 def _configs(call: Call) -> list[Config]:
@@ -239,10 +263,10 @@ def _configs(call: Call) -> list[Config]:
         family = "wgmma" if target() in ("sm_90", "sm_100", "sm_103") else "mma"
     if call.dtype == torch.float32:
         family = f"float32 {family}" if target().startswith("gfx") else "float32"
-        if float32_precision() == "tf32x3":
+        if call.precision == "tf32x3":
             family = "tf32x3"
     table = _DROPOUT if call.has_dropout else _MASK_PER_QUERY if call.arguments["MASK_PER_QUERY"] else _PLAIN
-    size = max(call.block_d, call.block_dv, 64)
+    size = max(call.padded_size, 64)
     table_rows = table[family][size]
     if call.has_dropout and call.arguments["MASK_PER_QUERY"] and family == "mma" and size == 64:
         table_rows = [(64, 32, 8, 2)]
@@ -256,10 +280,7 @@ def attention_forward(call: Call, output: Tensor, lse: Tensor) -> None:
     config = pick(
         "attention_forward",
         _configs(call),
-        dtype=str(call.dtype),
-        precision=float32_precision(),
-        block_d=call.block_d,
-        block_dv=call.block_dv,
+        **call.key,
         dropout=call.has_dropout,
         masked=call.arguments["mask"] is not None,
         dense_mask=call.arguments["MASK_PER_QUERY"],
@@ -273,7 +294,7 @@ def attention_forward(call: Call, output: Tensor, lse: Tensor) -> None:
         output=rows(output),
         lse=row_statistics(lse),
         tiles=tiles,
-        PRECISION=float32_precision(),
+        PRECISION=call.precision,
         HOIST_Q=hoists_query(call),
         **config.arguments(),
     )

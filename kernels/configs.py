@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,42 +62,28 @@ def shared_memory(target: str) -> int:
     return _SHARED_MEMORY.get(target, 64 * 1024 if target.startswith("gfx") else 99 * 1024)
 
 
-def pick(
-    kernel: str,
-    candidates: Sequence[Config],
-    *,
-    shared: Callable[[Config], int] | None = None,
-    **key: Hashable,
-) -> Config:
+def pick(kernel: str, candidates: Sequence[Config], **key: Hashable) -> Config:
     """The candidate that `fastformer tune` found to be the fastest on this device, else the first one.
 
-    Nothing is measured here.
+    Nothing is measured here, and nothing left out: that is for `fastformer tune`, where Triton refuses a candidate that
+    needs more shared memory than the GPU has.
 
     Args:
         kernel: its name.
         candidates: the best guess first; they may depend on the target and on `key`, and on nothing else.
-        shared: how many bytes of shared memory a candidate needs; those that need more than the target has are left
-            out, but the last one stays.
         key: what of the call matters to the choice, all small sets: dtype, padded head size, width bucket, flags; no
             sequence length.
     """
     call = (None if TRITON_DEVICE == "cpu" else torch.cuda.current_device(), kernel, *key.items())
     if _trial is not None:
-        return _trial.pick(kernel, _fitting(candidates, shared), key)
+        return _trial.pick(kernel, candidates, key)
     config = _picked.get(call)
     if config is None:
-        config = _picked[call] = _recorded(kernel, _fitting(candidates, shared), key)
+        config = _picked[call] = _recorded(kernel, candidates, key)
     return config
 
 
 _picked: dict[tuple, Config] = {}  # by device, kernel and key, for as long as the process runs
-
-
-def _fitting(candidates: Sequence[Config], shared: Callable[[Config], int] | None) -> Sequence[Config]:
-    if shared is None or TRITON_DEVICE == "cpu":
-        return candidates
-    limit = shared_memory(target())
-    return [config for config in candidates if shared(config) <= limit] or candidates[-1:]
 
 
 def _recorded(kernel: str, candidates: Sequence[Config], key: dict[str, Hashable]) -> Config:

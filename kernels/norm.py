@@ -7,7 +7,7 @@
 Tiling: a program has BLOCK_M whole rows in registers (BLOCK_N columns, the next power of two); statistics, sums and
 products are float32. Rows too wide for that go by in chunks of BLOCK_N columns (the `wide_` kernels). The backward is
 run by as many programs as the GPU holds at once; each sums its rows' share of the gradients of weight and bias, and
-`sum_partials` adds the shares up: in a fixed order, without atomics.
+`sum_shares_kernel` adds them up: in a fixed order, without atomics.
 
 Bytes moved: every operand and result once, the minimum (wide rows again from cache: three times forward, twice
 backward, and once more from memory for grad_weight), beside 8 bytes a column and program for the shares. Operations:

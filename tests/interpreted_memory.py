@@ -24,6 +24,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 _ROOM = 44  # log2 of the bytes between the addresses of two arguments
+_FIRST = 16  # the room of the first argument: in those below are the process's own addresses, and null
 _NOBODY, _SEVERAL, _ATOMIC = -1, -2, -3  # instead of a program's number
 
 
@@ -94,7 +95,8 @@ class _Launch:
         for pointer, tensors in by_storage.items():
             storage = _storage(pointer, tensors)
             for tensor in tensors:
-                base = (2 * len(self.arguments) + 1 << _ROOM - 1) + pointer % 256  # aligned as in truth
+                room = _FIRST + len(self.arguments)
+                base = (2 * room + 1 << _ROOM - 1) + pointer % 256  # in the middle, aligned as in truth
                 self.arguments.append(_Argument(" and ".join(names[id(tensor)]), tensor, storage, base))
 
     def fault(self, what: str) -> MemoryFault:
@@ -110,9 +112,9 @@ class _Launch:
         return [self._resolve(verb, number, addresses, size, lanes) for number, lanes in groups]
 
     def _resolve(self, verb, number, addresses, size, lanes):
-        if number >= len(self.arguments):
+        if not 0 <= number - _FIRST < len(self.arguments):
             raise self.fault(f"{verb} at {int(addresses[lanes][0]):#x}, which was made from no tensor argument")
-        argument = self.arguments[number]
+        argument = self.arguments[number - _FIRST]
         offsets = addresses[lanes].astype(np.int64) - argument.base
         outside = ~argument.inside(offsets, size)
         if outside.any():

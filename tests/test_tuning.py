@@ -194,12 +194,6 @@ class TestPick:
         assert self.configs.pick("k", self.candidates) is self.candidates[1]
 
     def test_shared_memory(self):
-        pick, limit = self.configs.pick, self.configs.shared_memory("sm_90")
-        needs = {16: limit + 1, 32: limit, 64: 0}
-        assert pick("k", self.candidates, shared=lambda c: needs[c.tiles["BLOCK"]]) is self.candidates[1]
-        assert pick("n", self.candidates, shared=lambda c: limit + 1) is self.candidates[2]  # the last one stays
-
-    def test_limits(self):
         limits = [
             self.configs.shared_memory(t) // 1024 for t in ("sm_80", "sm_89", "sm_90", "sm_120", "gfx942", "sm_999")
         ]

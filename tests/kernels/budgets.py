@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from aot import Facts, Kernel, compiling_for
 from calls import CALLS, KINDS
 
-from fastformer.kernels.configs import shared_memory
+from fastformer.kernels import configs
 
 FILE = Path(__file__).with_name("budgets.json")
 
@@ -19,6 +20,23 @@ Budget = dict[str, int | str]
 
 def compile_call(target: str, call: str, kind: str) -> dict[str, Facts]:
     """The kernels of a call by name, in the order of their first launch; "name 2" is compiled from the same source."""
+    return {name: kernel.facts() for name, kernel in _named(_compile(target, call, kind)).items()}
+
+
+def compile_candidates(target: str, call: str, kind: str) -> dict[str, Facts]:
+    """The same, of the kernels with every configuration that `fastformer tune` could choose instead, by its name."""
+    found: dict[str, Facts] = {}
+    with configs.trial() as trial:
+        first = {kernel.hash for kernel in _compile(target, call, kind)}
+        for key, candidates in list(trial.candidates.items()):
+            for config in candidates[1:]:
+                trial.chosen = {key: config}
+                kernels = _named(kernel for kernel in _compile(target, call, kind) if kernel.hash not in first)
+                found |= {f"{name}, {config}": kernel.facts() for name, kernel in kernels.items()}
+    return found
+
+
+def _compile(target: str, call: str, kind: str) -> list[Kernel]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if kind == "tf32x3" else "highest")
     try:
@@ -26,10 +44,10 @@ def compile_call(target: str, call: str, kind: str) -> dict[str, Facts]:
             CALLS[call](KINDS[kind])
     finally:
         torch.set_float32_matmul_precision(before)
-    return {name: kernel.facts() for name, kernel in _named(kernels).items()}
+    return kernels
 
 
-def _named(kernels: list[Kernel]) -> dict[str, Kernel]:
+def _named(kernels: Iterable[Kernel]) -> dict[str, Kernel]:
     named: dict[str, Kernel] = {}
     for kernel in {kernel.hash: kernel for kernel in kernels}.values():
         same = sum(other.name == kernel.name for other in named.values())
@@ -39,7 +57,7 @@ def _named(kernels: list[Kernel]) -> dict[str, Kernel]:
 
 def faults(target: str, kind: str, facts: Facts, budget: Budget | None) -> list[str]:
     """What is wrong with a kernel, in words; without a budget, only what holds for every kernel."""
-    most = shared_memory(target)
+    most = configs.shared_memory(target)
     limits = {"stack": 0, "spills": 0, "shared": most} | (budget or {})
     limits["shared"] = min(limits["shared"], most)
     found = [

@@ -120,6 +120,7 @@ CALLS: dict[str, Call] = {
     "attention 64, padding, dropout": lambda dtype: masked_attention(dtype, dropout_p=0.1),
     "attention 64, causal": lambda dtype: attention(dtype, is_causal=True, sequence=1024),
     "attention 64, float mask": lambda dtype: masked_attention(dtype, dtype),
+    "attention 16": lambda dtype: attention(dtype, 16),
     "attention 32": lambda dtype: attention(dtype, 32),
     "attention 80, causal": lambda dtype: attention(dtype, 80, is_causal=True),
     "attention 96": lambda dtype: attention(dtype, 96),
@@ -144,8 +145,10 @@ _FEW = {
         "add_layer_norm 1024, dropout",
         "linear 768 to 768, dropout",
         "linear 768 to 2304, one row",
+        "attention 32",
         "attention 64, padding, dropout",
         "attention 64, causal",
+        "attention 96",
         "attention 128, causal",
         "attention 256, causal",
         "decode 64",
@@ -153,7 +156,15 @@ _FEW = {
         "linear_cross_entropy 768 to 30522",
     ),
     "float16": ("layer_norm 768", "linear 1024 to 4096, gelu", "attention 128, causal"),
-    "tf32x3": ("linear 768 to 768, dropout", "attention 64", "linear_cross_entropy 768 to 30522"),
+    "tf32x3": (
+        "linear 768 to 768, dropout",
+        "attention 32",
+        "attention 64",
+        "attention 96",
+        "attention 128, causal",
+        "decode 64",
+        "linear_cross_entropy 768 to 30522",
+    ),
 }
 
 

@@ -2,6 +2,7 @@
 
 NORM = ("ops/test_layer_norm.py", "ops/test_add_layer_norm.py")
 MASKS = ("ops/test_attention_masks.py",)
+TILES = ("kernels/test_attention.py",)
 ATTENTION = ("ops/test_scaled_dot_product_attention.py", "ops/test_attention_masks.py", "ops/test_varlen_attn.py")
 PRODUCT = ("ops/test_linear.py", "ops/test_feed_forward.py")
 LOSS = ("ops/test_linear_cross_entropy.py", "kernels/test_linear_cross_entropy.py")
@@ -28,12 +29,18 @@ MISTAKES = {
     (ATTENTION, "attention.py", "store_rows"): {
         "rows behind the end are written": ("mask=(row < rows)", "mask=(row <= rows)"),
     },
+    (TILES, "attention.py", "load_rows"): {
+        "a head's second tile has the columns of the first": ("ROWS, i * BLOCKS[0], BLOCKS[i]", "ROWS, 0, BLOCKS[i]"),
+    },
+    (TILES, "attention.py", "dot_of_rows"): {
+        "a head's second tile is left out of the scores": ("range(1, len(a))", "range(1, 1)"),
+    },
     (MASKS, "attention.py", "load_mask"): {
         "float masks are not in units of log2": ("values * LOG2E", "values"),
     },
     (ATTENTION, "attention_forward.py", "attention_forward_kernel"): {
         "scores are not scaled": ("scale = tl.abs(scale) * LOG2E", "scale = LOG2E"),
-        "the accumulator is not rescaled": ("v, acc * rescale[:, None]", "v, acc"),
+        "the accumulator is not rescaled": ("scaled(acc, rescale[:, None])", "acc"),
         "the last tile is skipped": (
             "begin, end - (whole_end - whole_begin)", "begin, end - (whole_end - whole_begin) - BLOCK_N",
         ),
@@ -49,7 +56,7 @@ MISTAKES = {
         "lse is in units of log2": (" * LN2", ""),
     },
     (ATTENTION, "attention_backward.py", "grad_key_value_kernel"): {
-        "the gradient of the keys has no scale": ("grad_key, dk * scale,", "grad_key, dk,"),
+        "the gradient of the keys has no scale": ("grad_key, scaled(dk, scale),", "grad_key, dk,"),
         "the backward's dropout counts key heads": (
             "first, BLOCK_N, query_column, head, sequence)", "first, BLOCK_N, query_column, kv_head, sequence)",
         ),
@@ -60,7 +67,7 @@ MISTAKES = {
         "dropout is not in the gradient of the scores": ("dp = tl.where(kept, dp * dropout_scale, 0.0)", "pass"),
     },
     (ATTENTION, "attention_backward.py", "delta_kernel"): {
-        "delta leaves out the output": ("tl.sum(do * o, 1)", "tl.sum(do, 1)"),
+        "delta leaves out the output": ("do[i].to(tl.float32) * o[i].to(tl.float32)", "do[i].to(tl.float32)"),
     },
     (ATTENTION, "attention_backward.py", "load_lse"): {
         "lse is read in the wrong base": ("natural * LOG2E", "natural"),

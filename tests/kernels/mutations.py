@@ -2,8 +2,8 @@
 
     python tests/kernels/mutations.py [--only WORD] [--jobs 2] [--write]
 
-Each mistake goes into a copy of kernels/; the tests that `make test` runs for that op must fail on it. --write puts the
-table into docs/verification.md.
+Each mistake goes into a copy of kernels/; the tests that `make test` runs for that op must fail on it. --write renews
+the rows of the mistakes that were planted in the table of docs/verification.md.
 """
 
 from __future__ import annotations
@@ -88,6 +88,21 @@ def caught_by(mutation: Mutation) -> str | None:
     return failed[1] if failed else None
 
 
+BEGIN, END = "<!-- mutations -->\n", "<!-- end of mutations -->"
+
+
+def write_table(found: dict[tuple[str, str], str | None]) -> None:
+    """`found`: by file and mistake, the test that found it. The rows of other mistakes stay as they are."""
+    head, rest = PAGE.read_text().split(BEGIN)
+    table, tail = rest.split(END)
+    cells = (line.strip("| \n").split(" | ") for line in table.splitlines()[2:])
+    tests = {(file, what): test for file, what, test in cells}
+    tests |= {key: f"`{test.removeprefix('tests/')}`" if test else "nothing" for key, test in found.items()}
+    rows = [f"| {m.file} | {m.what} | {tests.get((m.file, m.what), 'not run')} |" for m in MUTATIONS]
+    lines = ["| file | mistake | found by |", "| --- | --- | --- |", *rows]
+    PAGE.write_text(head + BEGIN + "\n".join(lines) + "\n" + END + tail)
+
+
 def main(
     only: Annotated[str, typer.Option(help="only those whose file or description has this in it")] = "",
     jobs: Annotated[int, typer.Option(help="at the same time")] = min(os.cpu_count() or 1, 8),
@@ -103,12 +118,7 @@ def main(
     if named and (clean := run_tests(None, named)).returncode != 0:
         raise RuntimeError(f"these tests fail without a mistake, too\n{clean.stdout}")
     if write:
-        found_by = [f"`{test.removeprefix('tests/')}`" if test else "nothing" for _, _, test in rows]
-        lines = [f"| {m.file} | {m.what} | {test} |" for m, test in zip(chosen, found_by, strict=True)]
-        begin, end = "<!-- mutations -->\n", "<!-- end of mutations -->"
-        head, rest = PAGE.read_text().split(begin)
-        block = ["| file | mistake | found by |", "| --- | --- | --- |", *lines]
-        PAGE.write_text(head + begin + "\n".join(block) + "\n" + end + rest.split(end)[1])
+        write_table({(file, what): test for file, what, test in rows})
     raise typer.Exit(any(test is None for _, _, test in rows))
 
 

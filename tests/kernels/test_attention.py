@@ -4,9 +4,11 @@ import os
 
 import pytest
 import torch
+from attention import assert_attention_close, tensors
 from tensors import randn
 from torch import Tensor
 
+import fastformer
 from fastformer import reference
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -14,7 +16,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from fastformer.kernels import attention_decode
 from fastformer.kernels import attention_forward as forward_module
-from fastformer.kernels.attention import call_of
+from fastformer.kernels.attention import call_of, head_blocks
 from fastformer.kernels.attention_decode import attention_decode as decode
 from fastformer.kernels.attention_forward import attention_forward
 from fastformer.kernels.configs import Config
@@ -91,9 +93,7 @@ class TestDecode:
         output, lse = torch.full_like(query, torch.nan), torch.full((4, 4), torch.nan)
         assert decode(given, output, lse)
         parts = query.split(lengths_q), key.split(lengths_k), value.split(lengths_k)
-        results = [
-            expected(*(x.transpose(0, 1)[None] for x in tensors), None, (-1, 0)) for tensors in zip(*parts, strict=True)
-        ]
+        results = [expected(*(x.transpose(0, 1)[None] for x in qkv), None, (-1, 0)) for qkv in zip(*parts, strict=True)]
         torch.testing.assert_close(output, torch.cat([out[0].transpose(0, 1) for out, _ in results]))
         torch.testing.assert_close(lse, torch.cat([x[0] for _, x in results], dim=1))
 
@@ -146,6 +146,38 @@ class TestTiles:
             given, with_nan, _ = call(query, key, value, mask, window)
             attention_forward(given, with_nan, lse)
             torch.testing.assert_close(with_nan, output)
+
+
+@pytest.mark.parametrize("size, value_size", [(80, 80), (96, 40), (20, 144)], ids=str)
+class TestTwoTiles:
+    """A head whose columns are two tiles, as 64 and 16."""
+
+    def test_blocks(self, size, value_size):
+        sizes = {20: (32,), 40: (32, 16), 80: (64, 16), 96: (64, 32), 144: (128, 16)}
+        assert (head_blocks(size), head_blocks(value_size)) == (sizes[size], sizes[value_size])
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("options", [{}, {"is_causal": True, "dropout_p": 0.2}], ids=str)
+    def test_op(self, size, value_size, dtype, options):
+        with fastformer.backend("triton", strict=True):
+            assert_attention_close(tensors(2, 2, 37, 41, size, value_size, dtype, kv_heads=1), **options)
+
+    def test_decode(self, size, value_size):
+        query, key, value = randn(2, 4, 1, size), randn(2, 2, KEYS, size), randn(2, 2, KEYS, value_size)
+        given, output, lse = call(query, key, value)
+        assert decode(given, output, lse)
+        torch.testing.assert_close((output, lse), expected(query, key, value, None, (-1, -1)))
+
+    def test_nan(self, size, value_size):
+        """In the last column, of a key that one query sees and of one that nobody sees."""
+        query, key, value = randn(1, 1, 40, size), randn(1, 1, 40, size), randn(1, 1, 40, value_size)
+        value[0, 0, 39, -1] = torch.nan
+        mask = (torch.arange(40) < 39).expand(1, 1, 40, 40).clone()
+        for seen, nans in ((False, []), (True, [[0, 0, 7, value_size - 1]])):
+            mask[0, 0, 7, 39] = seen
+            given, output, lse = call(query, key, value, mask)
+            attention_forward(given, output, lse)
+            assert output.isnan().nonzero().tolist() == nans
 
 
 class TestDropout:

@@ -10,8 +10,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 pytest.importorskip("triton")
 
 import budgets
+import torch
 from aot import TARGETS, compiling_for
 from calls import BF16, attention, cases, layer_norm, linear, masked_attention, varlen
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastformer.ops import common
 
 BUDGETS = budgets.load()
 
@@ -44,6 +48,76 @@ def test_within_budget(target, call, kind):
         found = budgets.faults(target, kind, facts, limits.get(name)) + ([] if name in limits else ["no budget"])
         faults += [f"{name}: {fault}" for fault in found]
     assert not faults, f"{call}, {kind}, {target}: " + "; ".join(faults)
+
+
+TUNED = (
+    "layer_norm 768",
+    "layer_norm 4096",
+    "add_layer_norm 1024, dropout",
+    "linear 768 to 768, dropout",
+    "linear 768 to 2304, one row",
+    "linear_cross_entropy 768 to 30522",
+    "attention 64, causal",
+    "attention 64, padding, dropout",
+    "attention 128, causal",
+    "decode 64",
+    "decode 128, grouped",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", TUNED)
+def test_candidates(call):
+    """What `fastformer tune` may choose instead has no stack, no spills, and the shared memory that is there, on the
+    target that has the least."""
+    candidates = budgets.compile_candidates("sm_89", call, "bfloat16")
+    faults = {name: found for name, x in candidates.items() if (found := budgets.faults("sm_89", "bfloat16", x, None))}
+    assert candidates and not faults
+
+
+def test_heads_too_large_for_tf32x3(monkeypatch):
+    """Above 128 it would spill: those are multiplied as by default."""
+    monkeypatch.setattr(budgets, "CALLS", {"large": lambda dtype: attention(dtype, 256, is_causal=True)})
+    kernels = budgets.compile_call("sm_80", "large", "tf32x3")
+    assert {tuple(facts.precisions) for facts in kernels.values()} == {("ieee",), ()}
+
+
+# What a kernel's host function must not do: wait for the GPU, or read what is there.
+READS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique2"}
+
+
+class NoReads(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func._opname not in READS, func
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(
+    "target, call, kind", [case for case in every_case() if case.values[0] == "sm_90" and case.values[2] == "bfloat16"]
+)
+def test_no_host_reads(target, call, kind, monkeypatch):
+    """Then a call can be captured in a CUDA graph."""
+
+    def read(*args) -> None:
+        raise AssertionError("reads on the host")
+
+    def launcher(op: str, raw_name: str):
+        launch = plain(op, raw_name)
+
+        def watched(*args):
+            with NoReads(), monkeypatch.context() as patch:
+                for name in ("tolist", "numpy", "cpu"):
+                    patch.setattr(torch.Tensor, name, read)
+                watched_calls.append(raw_name)
+                return launch(*args)
+
+        return watched
+
+    watched_calls: list[str] = []
+    plain = common._launcher
+    monkeypatch.setattr(common, "_launcher", launcher)
+    budgets.compile_call(target, call, kind)
+    assert watched_calls
 
 
 SIZES = {

@@ -147,9 +147,11 @@ def no_argument_kernel(x_ptr, out_ptr):
     tl.store(out_ptr, tl.load(tl.load(x_ptr).to(tl.pointer_type(tl.float32))))
 
 
-def test_address_from_nowhere():
-    with pytest.raises(MemoryFault, match="made from no tensor argument"):
-        no_argument_kernel[(1,)](torch.tensor([7 << 44]), OUT)
+@pytest.mark.parametrize("address", [0, 16, OUT.data_ptr(), 18 << 44, 1 << 62], ids=hex)
+def test_address_from_nowhere(address):
+    """Null, one of the process's own, and behind the last argument."""
+    with pytest.raises(MemoryFault, match=f"load at {address:#x}, which was made from no tensor argument"):
+        no_argument_kernel[(1,)](torch.tensor([address]), OUT)
 
 
 @triton.jit

@@ -151,7 +151,10 @@ static void score_query(int64_t base, KeyRange keys, const compute_t<T>* query, 
     for_columns<S>(depth, [&](int64_t k, int lanes) {
       const Vec<S> q = load_lanes(query + k, lanes);
 #pragma GCC unroll 16
-      for (int j = 0; j < kN; ++j) x[j] += q * load_lanes(row[j] + k, lanes);
+      for (int j = 0; j < kN; ++j) {
+        __builtin_prefetch(row[j] + k + 2 * kN * key_stride, 0, 2);
+        x[j] += q * load_lanes(row[j] + k, lanes);
+      }
     });
     store(scores + c - base, lane_sums<S>(x) * factor);
   }
@@ -169,6 +172,14 @@ static void add_rows(const Sequence& s, int64_t q0, const RowTiles& tiles, int64
         const int64_t i0 = tiles.begin[t], i1 = tiles.begin[t + 1];
         const KeyRange seen = intersection(intersection(keys, {k, k + kDepth}), s.range(q0 + i0, q0 + i1));
         if (seen.begin >= seen.end) continue;
+        if (i1 - i0 == 1 && vecs == kTileVecs) {  // waits for memory
+          constexpr int64_t kAhead = 32;          // keys
+          const S* first = b.data + (seen.begin - packed_from) * b.stride + column;
+          tile_product<S, 1, kTileVecs, true, kTileVecs * kVecBytes / 64>(
+              seen.end - seen.begin, a + i0 * kScoreStride + seen.begin - base, kScoreStride, first, b.stride,
+              c + i0 * columns + column, columns, (const char*)(first + kAhead * b.stride), b.stride * sizeof(S));
+          continue;
+        }
         product<S, true>(int(i1 - i0), vecs, seen.end - seen.begin, a + i0 * kScoreStride + seen.begin - base,
                          kScoreStride, b.data + (seen.begin - packed_from) * b.stride + column, b.stride,
                          c + i0 * columns + column, columns);
