@@ -364,7 +364,7 @@ def attention_backward(
         "PRECISION": call.precision,
         "HOIST": not target().startswith("gfx1"),  # operands that stay: RDNA's lanes have no room for them
     }
-    block = 32
+    block = 16 if call.padded_size > 128 else 32
     tiles = triton.cdiv(call.max_queries, block)
     if programs := tiles * call.heads * call.sequences:
         a = call.arguments
