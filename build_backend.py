@@ -75,7 +75,8 @@ def reason_not_to_build_cuda() -> str | None:
     if choice not in ("auto", "0", "1"):
         raise SystemExit(f"FASTFORMER_CUDA: got {choice!r}, expected auto, 0 or 1")
     if choice == "0":
-        return "fastformer was installed with FASTFORMER_CUDA=0: unset it and install fastformer again"
+        how = "run `make build-cuda`, or unset it and install fastformer again"
+        return f"fastformer was installed with FASTFORMER_CUDA=0: {how}"
     torch = torch_folder()
     if sys.platform != "linux":
         reason = f"the CUDA kernels are built on Linux only, and this is {platform.system()}"

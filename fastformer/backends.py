@@ -28,6 +28,8 @@ OPS = (
     "linear",
     "feed_forward",
     "linear_cross_entropy",
+    "crf_log_likelihood",
+    "crf_decode",
 )
 BACKENDS = ("cpu", "triton", "cuda", "torch")
 
@@ -103,6 +105,8 @@ _CPU_NOTES = {
     "linear": "gelu, gelu_tanh, relu, silu, dropout, residual",
     "feed_forward": "gelu, gelu_tanh, relu, silu, dropout, residual",
     "linear_cross_entropy": "class indices, class weights, label smoothing",
+    "crf_log_likelihood": "any mask, any number of tags",
+    "crf_decode": "any mask, any number of tags",
 }
 
 _TRITON_NOTES = {
@@ -125,12 +129,16 @@ _TRITON_SIZES = {
 _CUDA_NOTES = {
     "layer_norm": "widths to 16,384",
     "add_layer_norm": "widths to 16,384, 16-bit input with a float32 residual, dropout",
+    "linear": "gelu, gelu_tanh, relu, silu, dropout, residual",
+    "feed_forward": "gelu, gelu_tanh, relu, silu, dropout, residual",
 }
 
 _CUDA_SIZES = {
     "layer_norm": 16384,
     "add_layer_norm": 16384,
 }
+
+_TORCH_NOTES = dict.fromkeys(("crf_log_likelihood", "crf_decode"), "plain PyTorch, step by step; the only one on GPUs")
 
 _IMPLEMENTATIONS = [
     *(Implementation(op, "cpu", "cpu", (*_FLOATS, torch.float64), _CPU_NOTES[op]) for op in OPS),
@@ -144,13 +152,23 @@ _IMPLEMENTATIONS = [
         )
         for op, notes in _CUDA_NOTES.items()
     ),
-    *(Implementation(op, "torch", "any", (*_FLOATS, torch.float64), "plain PyTorch", mask_gradient=True) for op in OPS),
+    *(
+        Implementation(
+            op, "torch", "any", (*_FLOATS, torch.float64), _TORCH_NOTES.get(op, "plain PyTorch"), mask_gradient=True
+        )
+        for op in OPS
+    ),
 ]
 _BY_OP = {op: {i.backend: i for i in _IMPLEMENTATIONS if i.op == op} for op in OPS}
 
 
 def implementations() -> list[Implementation]:
     return list(_IMPLEMENTATIONS)
+
+
+def declared(op: str) -> tuple[str, ...]:
+    """The backends that have a kernel for it, and "torch"."""
+    return tuple(_BY_OP[op])
 
 
 def why_unavailable(backend: str) -> str | None:
@@ -265,7 +283,7 @@ def _explain(
         if candidate == "torch":
             continue
         implementation = _BY_OP[op].get(candidate)
-        why = implementation.reasons(tensors, mask, size) if implementation else [why_unavailable(candidate)]
+        why = implementation.reasons(tensors, mask, size) if implementation else [f"has no kernel for {op}"]
         if why:
             reasons.append(f"  {candidate}: {'; '.join(why)}")
     text = "\n".join(reasons)

@@ -9,24 +9,13 @@ from pathlib import Path
 
 import torch
 
-_LIBRARY = Path(os.environ.get("FASTFORMER_CUDA_LIBRARY") or Path(__file__).with_name("libfastformer_cuda.so"))
-_NOT_BUILT = Path(__file__).with_name("cuda_library_not_built.txt")  # written by setup.py
+from fastformer.library import load
 
-
-def _load() -> str | None:
-    """Registers the ops with torch; returns None, or why that can't be done."""
-    if not _LIBRARY.exists():
-        if _NOT_BUILT.exists():
-            return _NOT_BUILT.read_text().strip()
-        return f"{_LIBRARY.name} is not built: run `make build-cuda`, or install fastformer with FASTFORMER_CUDA=1"
-    try:
-        torch.ops.load_library(_LIBRARY)
-    except OSError as error:
-        return f"torch {torch.__version__} (fastformer takes >= 2.10) can't load {_LIBRARY}; build it again: {error}"
-    return None
-
-
-_problem = _load()
+_problem = load(
+    Path(os.environ.get("FASTFORMER_CUDA_LIBRARY") or Path(__file__).with_name("libfastformer_cuda.so")),
+    Path(__file__).with_name("cuda_library_not_built.txt"),
+    "run `make build-cuda`, or install fastformer with FASTFORMER_CUDA=1",
+)
 
 
 def available() -> bool:

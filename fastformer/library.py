@@ -8,25 +8,28 @@ from pathlib import Path
 
 import torch
 
-_LIBRARY = Path(__file__).with_name("libfastformer_cpu.so")
-_NOT_BUILT = Path(__file__).with_name("library_not_built.txt")  # written by setup.py
 _ISAS = ("baseline", "avx2", "avx512", "avx512_vnni", "avx512_amx")
 
 
-def _load() -> str | None:
-    """Registers the ops with torch; returns None, or why that can't be done."""
-    if not _LIBRARY.exists():
-        if _NOT_BUILT.exists():
-            return _NOT_BUILT.read_text().strip()
-        return f"{_LIBRARY} is not built: run `python setup.py build_ext --inplace`, or `pip install .`"
+def load(file: Path, not_built: Path, how: str) -> str | None:
+    """Registers the ops of a library with torch; returns None, or why that can't be done.
+
+    not_built: setup.py's note in place of the library; how: what builds it.
+    """
+    if not file.exists():
+        return not_built.read_text().strip() if not_built.exists() else f"{file} is not built: {how}"
     try:
-        torch.ops.load_library(_LIBRARY)
+        torch.ops.load_library(file)
     except OSError as error:
-        return f"torch {torch.__version__} (fastformer takes >= 2.10) can't load the library; build it again: {error}"
+        return f"torch {torch.__version__} (fastformer takes >= 2.10) can't load {file.name}; build it again: {error}"
     return None
 
 
-_problem = _load()
+_problem = load(
+    Path(__file__).with_name("libfastformer_cpu.so"),
+    Path(__file__).with_name("library_not_built.txt"),
+    "run `python setup.py build_ext --inplace`, or `pip install .`",
+)
 
 
 def available() -> bool:

@@ -48,7 +48,7 @@ class TestDeclarations:
         assert {op for op, backend in declared if backend == "torch"} == set(backends.OPS) == set(ops.__all__)
         assert {backend for _, backend in declared} <= set(backends.BACKENDS)
 
-    @pytest.mark.parametrize("op", backends.OPS)
+    @pytest.mark.parametrize("op", [op for op in backends.OPS if op != "crf_decode"])  # which has no gradient
     @needs_library
     def test_same_signatures(self, op):
         """Every backend's raw op, and the differentiable one but for its last argument, which names the backend."""
@@ -353,7 +353,7 @@ with warnings.catch_warnings(record=True) as caught:
                 torch.testing.assert_close(out, other)
             sum(out.sum() for out in outputs).backward()
 told = sorted(str(w.message) for w in caught if "fastformer" in str(w.message))
-assert len(told) == len(backends.OPS), told
+assert len(told) == len({case.op for case in CASES.values()}), told
 assert all("is not built" in message for message in told), told
 with fastformer.backend("cpu", strict=True):
     try:

@@ -60,7 +60,7 @@ struct Part {
 class Layers {
  public:
   Layers(Phases& phases, const Shape& shape, const AttentionArgs& attention, const Part& part, char* memory)
-      : phases_(phases), s_(shape), attention_(attention), part_(part), rows_(part.rows), arena_(memory) {
+      : phases_(phases), s_(shape), attention_(attention), rows_(part.rows), arena_(memory) {
     const int64_t element = element_bytes(s_.dtype), row = s_.width * element, compute = compute_bytes(s_.dtype);
     x_ = arena_.take(rows_ * row);
     normed_ = arena_.take(rows_ * row);
@@ -73,15 +73,15 @@ class Layers {
 
     AttentionArgs& a = attention_;
     a.sequences = part.sequences;
-    skipped_ = a.cu_seq_q ? part.first_row : 0;  // rows in front of the part, which cu_seq counts
+    const int64_t skipped = a.cu_seq_q ? part.first_row : 0;  // rows in front of the part, which cu_seq counts
     if (a.cu_seq_q) a.cu_seq_q += part.first_sequence, a.cu_seq_k += part.first_sequence;
     if (a.mask.data)
       a.mask.data = static_cast<const char*>(a.mask.data) +
                     part.first_sequence * a.mask.sequence * (a.mask.is_bool ? 1 : compute);
     if (a.cu_seq_q) a.lse = {nullptr, 0, rows_, 1};
-    a.lse.data = lse - skipped_ * compute;
-    a.output.data = context_ - skipped_ * row;
-    a.query.data = qkv_ - skipped_ * 3 * row;
+    a.lse.data = lse - skipped * compute;
+    a.output.data = context_ - skipped * row;
+    a.query.data = qkv_ - skipped * 3 * row;
   }
 
   // Adds the layer that reads `input`, rows `stride` apart, and writes `output`, which may be x().
@@ -180,9 +180,7 @@ class Layers {
   Phases& phases_;
   const Shape s_;
   AttentionArgs attention_;
-  const Part part_;
   const int64_t rows_;
-  int64_t skipped_;
   Arena arena_;
   char *x_, *normed_, *qkv_, *context_, *mean_, *rstd_, *products_;
   int64_t products_bytes_ = 0;

@@ -37,6 +37,19 @@ class OnDeviceOf {
 #endif
 };
 
+// Of the current device; 2 in the simulator, where tests of a few tiles are then of many and of few.
+inline int multiprocessors() {
+#ifdef __CUDACC__
+  int device = 0, count = 0;
+  const bool found = cudaGetDevice(&device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
+  STD_TORCH_CHECK(found, "CUDA does not tell the device's properties");
+  return count;
+#else
+  return 2;
+#endif
+}
+
 struct Launch {
   const char* kernel;
   std::initializer_list<std::pair<const char*, int64_t>> shape;  // for messages: {"rows", rows}, ...

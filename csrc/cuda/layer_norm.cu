@@ -39,9 +39,6 @@ bool is_aligned(const std::optional<Tensor>& vector) {
   return !vector || reinterpret_cast<uintptr_t>(vector->const_data_ptr()) % 16 == 0;
 }
 
-std::optional<Tensor> contiguous(const std::optional<Tensor>& vector) {
-  return vector ? std::optional(torch::stable::contiguous(*vector)) : std::nullopt;
-}
 VectorArg vector_arg(const std::optional<Tensor>& vector) {
   return vector ? VectorArg{vector->const_data_ptr(), dtype_of(*vector)} : VectorArg{};
 }

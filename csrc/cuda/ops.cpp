@@ -24,6 +24,23 @@ STABLE_TORCH_LIBRARY(fastformer_cuda, m) {
       "Tensor rstd, float dropout_p, Tensor? seed, ScalarType input_dtype) -> "
       "(Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)");
 
+  m.def(
+      "linear(Tensor input, Tensor weight, Tensor? bias, str? activation, float dropout_p, Tensor? seed, "
+      "Tensor? residual, bool save_pre_activation) -> (Tensor output, Tensor pre_activation)");
+  m.def(
+      "linear_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor pre_activation, str? activation, "
+      "float dropout_p, Tensor? seed, bool need_input, bool need_weight, bool need_bias) -> "
+      "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+  m.def(
+      "feed_forward(Tensor input, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, str? activation, "
+      "float hidden_dropout_p, Tensor? hidden_seed, float dropout_p, Tensor? seed, Tensor? residual, "
+      "bool save_pre_activation) -> (Tensor output, Tensor pre_activation)");
+  m.def(
+      "feed_forward_backward(Tensor grad_output, Tensor input, Tensor weight1, Tensor weight2, Tensor pre_activation, "
+      "str? activation, float hidden_dropout_p, Tensor? hidden_seed, float dropout_p, Tensor? seed, bool need_input, "
+      "bool need_weight1, bool need_bias1, bool need_weight2, bool need_bias2) -> "
+      "(Tensor grad_input, Tensor grad_weight1, Tensor grad_bias1, Tensor grad_weight2, Tensor grad_bias2)");
+
   m.def("device_type() -> str");  // of the tensors that the ops take: "cuda", or "cpu" in the simulator's build
 }
 

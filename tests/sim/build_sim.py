@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,11 +44,18 @@ rule link
 """
 
 
-def build(variant: str = "plain") -> Path:
-    """The library of that variant, brought up to date; its path. Needs g++, ninja and pybind11."""
+def folder_of(variant: str) -> Path:
+    return ROOT / "build" / "sim" / variant
+
+
+def build(variant: str = "plain", folder: Path | None = None, stand_ins: Sequence[Path] = ()) -> Path:
+    """The library of that variant, brought up to date; its path. Needs g++, ninja and pybind11.
+
+    stand_ins are compiled in place of the kernels' files of the same names, into a `folder` of their own.
+    """
     import pybind11
 
-    folder = ROOT / "build" / "sim" / variant
+    folder = folder or folder_of(variant)
     torch = torch_folder()
     flags = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-DFASTFORMER_SIM"]
     flags += ["-Wall", "-Wextra", "-Wno-missing-field-initializers", "-Wno-unknown-pragmas", *VARIANTS[variant]]
@@ -56,7 +64,9 @@ def build(variant: str = "plain") -> Path:
     flags += ["-isystem", sysconfig.get_path("include")]
     link = [f"-L{torch / 'lib'}", "-Wl,--as-needed", "-ltorch_cpu", "-ltorch"]
     kernels = [*(ROOT / "csrc" / "cuda").glob("*.cu"), ROOT / "csrc" / "cuda" / "ops.cpp"]
-    sources = sorted([*kernels, *HERE.glob("*.cpp"), *(HERE / "shim").glob("*.cpp")])
+    replaced = {path.name: path for path in stand_ins}
+    kernels = [replaced.get(kernel.name, kernel) for kernel in kernels]
+    sources = sorted([*kernels, *HERE.glob("*.cpp"), *(HERE / "shim").glob("*.cpp")], key=lambda path: path.stem)
 
     lines = [NINJA.format(cxx=shlex.join(compiler()), flags=shlex.join(flags), link=shlex.join(link))]
     objects = [f"{source.stem}.o" for source in sources]
@@ -78,9 +88,9 @@ def build(variant: str = "plain") -> Path:
     return folder / "fastformer_sim.so"
 
 
-def environment(variant: str) -> dict[str, str]:
-    """What a program needs in its environment to run that variant; the op tests run on it with these."""
-    variables = {"FASTFORMER_CUDA_LIBRARY": str(ROOT / "build" / "sim" / variant / "fastformer_sim.so")}
+def environment(variant: str, folder: Path | None = None) -> dict[str, str]:
+    """What a program needs in its environment to run that variant, built in `folder`; the op tests run with these."""
+    variables = {"FASTFORMER_CUDA_LIBRARY": str((folder or folder_of(variant)) / "fastformer_sim.so")}
     if variant in RUNTIMES:
         command = [*compiler(), f"-print-file-name={RUNTIMES[variant]}"]
         runtime = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()

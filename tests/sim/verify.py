@@ -11,7 +11,8 @@ import time
 
 import build_sim
 
-OP_TESTS = ["tests/ops/test_layer_norm.py", "tests/ops/test_add_layer_norm.py"]
+OPS = ("layer_norm", "add_layer_norm", "linear", "feed_forward")
+OP_TESTS = [f"tests/ops/test_{op}.py" for op in OPS]
 SUBSET = "sizes or narrow or dropout_accuracy or layouts or residual_of_another_dtype"  # what sanitizers are given
 
 # (variant, FASTFORMER_SIM, arguments of pytest)
