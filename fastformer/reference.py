@@ -295,3 +295,68 @@ def linear_cross_entropy(
         label_smoothing=label_smoothing,
     )
     return loss.view(target.shape) if reduction == "none" else loss
+
+
+def _chain_first(kept: Tensor, emissions: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """The positions that are kept before all others, in order; emissions of the others as 0."""
+    order = (~kept).long().argsort(dim=1, stable=True)  # (B, S)
+    emissions = emissions.masked_fill(~kept[..., None], 0)
+    emissions = emissions.gather(1, order[..., None].expand(emissions.shape))
+    return kept.gather(1, order), emissions, *(x.gather(1, order) for x in others)
+
+
+def crf_log_likelihood(
+    emissions: Tensor,
+    tags: Tensor,
+    transitions: Tensor,
+    start: Tensor,
+    end: Tensor,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """score(tags) - log(sum over all tags of exp(score)); see :func:`fastformer.ops.crf_log_likelihood`."""
+    dtype = transitions.dtype
+    kept = tags != -100 if mask is None else mask & (tags != -100)
+    kept, emissions, tags = _chain_first(kept, _widen(emissions), tags.masked_fill(~kept, 0))
+    transitions, start, end = _widen(transitions), _widen(start), _widen(end)
+    rows = torch.arange(len(tags), device=tags.device)
+    # (B, T): log of the sum over the tags before, and the score, both less what was largest: long sums lose digits.
+    alpha = start.expand(len(tags), -1)
+    score, last = start.new_zeros(len(tags)), torch.zeros_like(rows)
+    for step in range(tags.shape[1]):
+        tag, now = tags[:, step], kept[:, step]
+        arrived = (alpha[:, :, None] + transitions).logsumexp(1) if step else alpha
+        alpha = torch.where(now[:, None], arrived + emissions[:, step], alpha)
+        moved = transitions[last, tag] if step else start[tag]
+        score = torch.where(now, score + moved + emissions[rows, step, tag], score)
+        last = torch.where(now, tag, last)
+        largest = alpha.detach().amax(1).clamp(min=torch.finfo(alpha.dtype).min)
+        alpha, score = alpha - largest[:, None], score - largest
+    result = torch.where(kept.any(1), score + end[last] - (alpha + end).logsumexp(1), 0.0).to(dtype)
+    return result if reduction == "none" else result.mean() if reduction == "mean" else result.sum()
+
+
+def crf_decode(
+    emissions: Tensor, transitions: Tensor, start: Tensor, end: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """The tags with the largest score, -100 where masked; see :func:`fastformer.ops.crf_decode`."""
+    batch, length, tags = emissions.shape
+    given = torch.ones(batch, length, dtype=torch.bool, device=emissions.device) if mask is None else mask
+    positions = torch.arange(length, device=given.device).expand(batch, length)
+    kept, emissions, positions = _chain_first(given, _widen(emissions), positions)
+    transitions, start, end = _widen(transitions), _widen(start), _widen(end)
+    best, before = start.expand(batch, -1), []
+    stay = torch.arange(tags, device=given.device)
+    for step in range(length):
+        now = kept[:, step, None]
+        arrived, tag = (best[:, :, None] + transitions).max(1) if step else (best, stay.expand(batch, -1))
+        best = torch.where(now, arrived + emissions[:, step], best)
+        before.append(torch.where(now, tag, stay))
+    tag, decoded = (best + end).argmax(1), []
+    for step in reversed(before):
+        decoded.append(tag)
+        tag = step.gather(1, tag[:, None])[:, 0]
+    if not decoded:
+        return positions.clone()
+    chain = torch.stack(decoded[::-1], 1)
+    return torch.full_like(positions, -100).scatter(1, positions, chain.masked_fill(~kept, -100))

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from tensors import randn
+from tensors import BACKEND, randn
 from torch import Tensor
 
-from fastformer import ops
+from fastformer import backends, ops
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Case:
     @property
     def one_size(self) -> bool:
         """Does an option hold the tensors to the sizes that are given here?"""
-        return not {"attn_mask", "cu_seq_q", "target"}.isdisjoint(self.options())
+        return not {"attn_mask", "cu_seq_q", "target", "tags"}.isdisjoint(self.options())
 
     @property
     def gradients_with_the_output(self) -> bool:
@@ -59,9 +59,17 @@ _PACKED = {"query": (14, 4, 8), "key": (16, 2, 8), "value": (16, 2, 10)}
 _CROSS_ENTROPY = {"input": (6, 5, 20), "linear_weight": (36, 20), "linear_bias": (36,)}
 
 
+_CRF = {"emissions": (4, 6, 5), "transitions": (5, 5), "start": (5,), "end": (5,)}
+
+
 def labels() -> Tensor:
     """(6, 5) classes, every third -100."""
     return torch.arange(30).where(torch.arange(30) % 3 > 0, -100).view(6, 5)
+
+
+def tags() -> Tensor:
+    """(4, 6) of 5 tags, every seventh -100."""
+    return (torch.arange(24) % 5).where(torch.arange(24) % 7 > 0, -100).view(4, 6)
 
 
 def padding_mask() -> Tensor:
@@ -73,7 +81,7 @@ def bounds(*values: int) -> Callable[[], Tensor]:
     return lambda: torch.tensor(values, dtype=torch.int32)
 
 
-CASES = {
+_ALL = {
     "layer_norm": _case("layer_norm", _LAYER_NORM, normalized_shape=20),
     "layer_norm of two dimensions": _case(
         "layer_norm", {"input": (6, 5, 4), "weight": (5, 4), "bias": (5, 4)}, normalized_shape=(5, 4), eps=0.3
@@ -94,6 +102,10 @@ CASES = {
         "linear_cross_entropy", _CROSS_ENTROPY, target=labels, weight=lambda: torch.linspace(0.5, 2, 36),
         reduction="none", label_smoothing=0.1,
     ),
+    "crf_log_likelihood": _case("crf_log_likelihood", _CRF, tags=tags),
+    "crf_log_likelihood, sum, mask": _case(
+        "crf_log_likelihood", _CRF, tags=tags, mask=lambda: torch.arange(24).view(4, 6) % 5 > 0, reduction="sum"
+    ),
     "attention": _case("scaled_dot_product_attention", _ATTENTION),
     "attention, causal, dropout": _case("scaled_dot_product_attention", _ATTENTION, is_causal=True, dropout_p=0.3),
     "attention, padding mask": _case("scaled_dot_product_attention", _ATTENTION, attn_mask=padding_mask),
@@ -111,3 +123,4 @@ CASES = {
         enable_gqa=True, window_size=(-1, 0), dropout_p=0.3, scale=0.7,
     ),
 }  # fmt: skip
+CASES = {name: case for name, case in _ALL.items() if BACKEND in backends.declared(case.op)}

@@ -67,6 +67,43 @@ def linear_cross_entropy(
     return loss.view(target.shape) if loss.dim() else loss
 
 
+def path_scores(
+    emissions: Tensor, transitions: Tensor, start: Tensor, end: Tensor, tags: Tensor, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """(B,): of the tags of each sequence; those of -100 are left out."""
+    scores = []
+    for rows, path in zip(emissions.to(dtype), tags, strict=True):
+        rows, path = rows[path != -100], path[path != -100].tolist()
+        score = rows.new_zeros(())
+        for step, tag in enumerate(path):
+            score = score + (transitions[path[step - 1], tag] if step else start[tag]).to(dtype) + rows[step, tag]
+        scores.append(score + end[path[-1]].to(dtype) if path else score)
+    return torch.stack(scores) if scores else emissions.new_zeros(0, dtype=dtype)
+
+
+def crf_log_likelihood(
+    emissions: Tensor,
+    transitions: Tensor,
+    start: Tensor,
+    end: Tensor,
+    tags: Tensor,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """One sequence after the other, step by step, in the tensors' dtype."""
+    tags = tags if mask is None else tags.where(mask, -100)
+    sums = []
+    for rows, kept in zip(emissions, tags != -100, strict=True):
+        alpha = start
+        for step, row in enumerate(rows[kept]):
+            alpha = ((alpha[:, None] + transitions).logsumexp(0) if step else alpha) + row
+        sums.append((alpha + end).logsumexp(0) if kept.any() else end.new_zeros(()))
+    scores = path_scores(emissions, transitions, start, end, tags, emissions.dtype)
+    result = scores - torch.stack(sums) if sums else scores
+    result = result + sum(x.flatten()[:0].sum() for x in (emissions, transitions, start, end))  # 0, of all of them
+    return result if reduction == "none" else getattr(result, reduction)()
+
+
 def layer_norm(
     input: Tensor,
     weight: Tensor | None = None,

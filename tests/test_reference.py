@@ -163,6 +163,14 @@ class TestRows:
         functions = (reference.linear_cross_entropy, eager.linear_cross_entropy)
         assert_op_close(*(partial(f, target=target, **options) for f in functions), given)
 
+    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+    def test_crf_log_likelihood(self, dtype, reduction):
+        given = tensors(dtype, emissions=(3, 6, 4), transitions=(4, 4), start=(4,), end=(4,))
+        options = {"mask": torch.arange(18).view(3, 6) % 5 > 0, "reduction": reduction}
+        tags = torch.arange(18).view(3, 6) % 4
+        functions = (reference.crf_log_likelihood, eager.crf_log_likelihood)
+        assert_op_close(*(partial(f, tags=tags.where(tags != 2, -100), **options) for f in functions), given)
+
     @pytest.mark.parametrize("p", [0.0, 0.4])
     def test_add_layer_norm(self, dtype, p):
         given = tensors(dtype, input=(9, 8), residual=(9, 8), weight=(8,), bias=(8,))

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .bert import (
-    BertConfig,
-    BertForMaskedLM,
-    BertForPreTraining,
+from .bert import BertConfig, BertForMaskedLM, BertForPreTraining, BertModel
+from .bert_heads import (
+    BertCrfForTokenClassification,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
-    BertModel,
 )
 from .gpt import GptConfig, GptLMHeadModel, GptModel
 from .loading import PretrainedModel, read_config
 
 __all__ = [
     "BertConfig",
+    "BertCrfForTokenClassification",
     "BertForMaskedLM",
     "BertForPreTraining",
     "BertForQuestionAnswering",
@@ -41,6 +40,7 @@ ARCHITECTURES: dict[str, type[PretrainedModel]] = {
         BertForMaskedLM,
         BertForSequenceClassification,
         BertForTokenClassification,
+        BertCrfForTokenClassification,
         BertForQuestionAnswering,
         GptModel,
         GptLMHeadModel,

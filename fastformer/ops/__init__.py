@@ -1,6 +1,7 @@
 """The fused ops: one function, one file, one name in every layer; :mod:`fastformer.reference` specifies them."""
 
 from fastformer.ops.add_layer_norm import add_layer_norm
+from fastformer.ops.crf import crf_decode, crf_log_likelihood
 from fastformer.ops.feed_forward import feed_forward
 from fastformer.ops.layer_norm import layer_norm
 from fastformer.ops.linear import linear
@@ -10,6 +11,8 @@ from fastformer.ops.varlen_attn import varlen_attn
 
 __all__ = [
     "add_layer_norm",
+    "crf_decode",
+    "crf_log_likelihood",
     "feed_forward",
     "layer_norm",
     "linear",

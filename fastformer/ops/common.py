@@ -40,7 +40,7 @@ def register(
     """Defines ``fastformer::<name>``, the differentiable op, on top of every backend's raw ``<name>``.
 
     `schema` is that of the raw op; the differentiable op takes the backend's name as its last argument, so that the
-    backward runs where the forward did. `fake` serves both. The raw ops of the Triton kernels are defined here as well.
+    backward runs where the forward did. `fake` serves both.
     """
     arguments, returns = schema.split(" -> ")
     _differentiable.define(f"{name}{arguments[:-1]}, str backend) -> {returns}")
@@ -59,14 +59,20 @@ def register(
         return (*backward(ctx, *grads), None)
 
     torch.library.register_autograd(f"fastformer::{name}", once, setup_context=keep, lib=_differentiable)
-    for raw_name, raw_schema, raw_fake in ((name, schema, fake), (f"{name}_backward", backward_schema, fake_backward)):
-        if library.available():
-            torch.library.register_fake(f"fastformer_cpu::{raw_name}", raw_fake, lib=_cpu)
-        if cuda_library.available() and hasattr(torch.ops.fastformer_cuda, raw_name):
-            torch.library.register_fake(f"fastformer_cuda::{raw_name}", raw_fake, lib=_cuda)
-        _triton.define(raw_name + raw_schema)
-        _triton.impl(raw_name, _launcher(name, raw_name), backends.TRITON_DEVICE.upper())
-        torch.library.register_fake(f"fastformer_triton::{raw_name}", raw_fake, lib=_triton)
+    register_raw(name, name, schema, fake)
+    register_raw(name, f"{name}_backward", backward_schema, fake_backward)
+
+
+def register_raw(op: str, name: str, schema: str, fake: Callable) -> None:
+    """A raw op of `op` on every backend that has it; that of the Triton kernels is defined here as well."""
+    if library.available():
+        torch.library.register_fake(f"fastformer_cpu::{name}", fake, lib=_cpu)
+    if cuda_library.available() and hasattr(torch.ops.fastformer_cuda, name):
+        torch.library.register_fake(f"fastformer_cuda::{name}", fake, lib=_cuda)
+    if "triton" in backends.declared(op):
+        _triton.define(name + schema)
+        _triton.impl(name, _launcher(op, name), backends.TRITON_DEVICE.upper())
+        torch.library.register_fake(f"fastformer_triton::{name}", fake, lib=_triton)
 
 
 def _launcher(op: str, raw_name: str) -> Callable:
