@@ -19,7 +19,7 @@ help:
 	@echo "make mutations  plants mistakes in the Triton kernels, which the tests must find; make mutations-cuda in CUDA's"
 	@echo "make lint       ruff check and format check; make format mends what it can"
 	@echo "make bench      the microbenchmarks of each op against eager"
-	@echo "make peers      encoders on CPUs against ONNX Runtime, OpenVINO, CTranslate2 and torch.compile (bench/results)"
+	@echo "make peers      encoders and GPT-2 on CPUs against ONNX Runtime, OpenVINO, CTranslate2 and torch.compile (bench/results)"
 	@echo "make gpu        on an NVIDIA or AMD GPU: what it can do, are the kernels right, how fast are they (gpu.json, gpu.png)"
 	@echo "make verify-gpu-kernels   the CUDA kernels on a simulator, under checks and sanitizers"
 	@echo "make build-cuda the library of CUDA kernels, in place; needs the CUDA toolkit, but no GPU"

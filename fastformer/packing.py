@@ -46,7 +46,7 @@ class Packed:
             dtype that they are computed in.
     """
 
-    __slots__ = ("panels", "children", "dtype", "in_features", "_places", "_stamps", "_matrices", "_steps", "_isa")
+    __slots__ = ("panels", "children", "dtype", "in_features", "_places", "_stamps", "matrices", "_steps", "_isa")
 
     def __init__(
         self,
@@ -64,8 +64,8 @@ class Packed:
             for owner in (module, *self.children)
             for name, parameter in owner._parameters.items()
         ]
-        self._matrices = [[matrix.detach() for matrix in group] for group in groups]
-        self.panels = [_pack(g[0] if len(g) == 1 else torch.cat(g), weights) for g in self._matrices]
+        self.matrices = [[matrix.detach() for matrix in group] for group in groups]
+        self.panels = [_pack(g[0] if len(g) == 1 else torch.cat(g), weights) for g in self.matrices]
         self.dtype, self.in_features = (groups[0][0].dtype, groups[0][0].shape[1]) if groups else (None, None)
 
     @property
@@ -75,7 +75,7 @@ class Packed:
     @property
     def float_bytes(self) -> int:
         """What the same matrices take where they are packed as they are: in float32."""
-        return sum(4 * matrix.numel() for group in self._matrices for matrix in group)
+        return sum(4 * matrix.numel() for group in self.matrices for matrix in group)
 
     def hold(self) -> bool:
         """Are all modules, parameters and values what they were? Asked at every call: in some microseconds."""
@@ -102,7 +102,7 @@ def hold(packs: Sequence[Packed]) -> bool:
                 return False
             if version is not None and parameter._version != version:
                 return False
-    groups = [group for packed in packs for group in packed._matrices]
+    groups = [group for packed in packs for group in packed.matrices]
     panels = [panels for packed in packs for panels in packed.panels]
     weights = [matrix for group in groups for matrix in group]
     return not panels or _raw.is_packed(weights, list(map(len, groups)), panels)

@@ -1,13 +1,14 @@
 """What is measured against each other: each contender prepared, loaded and called in the way that suits it best.
 
-`prepare` converts a checkpoint once and writes files; `load` gives a function of a workload to the hidden states
-(B, S, E) float32, on that many threads; what stands behind a sequence's end is arbitrary. Each runs in a process of its
-own.
+`prepare` converts a checkpoint once and writes files; `load` gives a function of a workload to what its task asks for,
+tokens int64 or else float32, on that many threads; hidden states behind a sequence's end are arbitrary. Each runs in a
+process of its own.
 """
 
 from __future__ import annotations
 
 import math
+import time
 import types
 import warnings
 from collections.abc import Callable
@@ -16,55 +17,105 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from workloads import Model, Workload
+from workloads import NEW, Model, Workload, word
 
-Encode = Callable[[Workload], np.ndarray]
+Run = Callable[[Workload], np.ndarray]
 Prepare = Callable[[Model, Path, list[Workload]], None]
-Load = Callable[[Model, Path, int, str], Encode]
+Load = Callable[[Model, Path, int, str], Run]
 
+COMPILING = 120  # seconds after which torch.compile begins with no other shape of a model
 
 # ---- PyTorch ----
 
 
-def load_torch(model: Model, folder: Path, threads: int, change: Callable[[Any], Any]) -> Encode:
+def load_torch(model: Model, folder: Path, threads: int, change: Callable[[Any], Any]) -> Run:
     import torch
     import transformers
 
     torch.set_num_threads(threads)
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
-    loaded = transformers.AutoModel.from_pretrained(
-        folder / model.name, attn_implementation="sdpa", add_pooling_layer=False
-    )
-    changed = change(loaded.eval())
+    if model.weights_read:
+        kind, options = transformers.AutoModelForCausalLM, {}
+    else:
+        kind, options = transformers.AutoModel, {"add_pooling_layer": False}
+    changed = change(kind.from_pretrained(folder / model.name, attn_implementation="sdpa", **options).eval())
+    caches: dict[str, Any] = {}  # by workload
 
-    def encode(workload: Workload) -> np.ndarray:
+    def last(ids: Any, cache: Any = None) -> Any:
+        """Logits of the last token, and the cache."""
+        return changed(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    def run(workload: Workload) -> np.ndarray:
         ids, mask = torch.from_numpy(workload.ids), torch.from_numpy(workload.mask)
         with torch.inference_mode():
-            return changed(input_ids=ids, attention_mask=mask).last_hidden_state.numpy()
+            if workload.task == "encode":
+                return changed(input_ids=ids, attention_mask=mask).last_hidden_state.numpy()
+            if workload.task == "generate":
+                tokens = changed.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+                return tokens[:, ids.size(1) :].numpy()
+            if workload.task == "prefill":
+                return last(ids).logits[:, -1].numpy()
+            if workload.name not in caches:
+                caches[workload.name] = last(ids[:, :-1]).past_key_values
+            cache = caches[workload.name]
+            logits = last(ids[:, -1:], cache).logits[:, -1].numpy()
+            cache.crop(-1)  # the token itself: the next call finds the same cache
+            return logits
 
-    return encode
+    return run
 
 
-def load_eager(model: Model, folder: Path, threads: int, precision: str) -> Encode:
+def load_eager(model: Model, folder: Path, threads: int, precision: str) -> Run:
     return load_torch(model, folder, threads, lambda loaded: loaded)
 
 
-def load_compiled(model: Model, folder: Path, threads: int, precision: str) -> Encode:
-    """Weights as constants, packed by the compiler; one graph for each shape."""
+def load_compiled(model: Model, folder: Path, threads: int, precision: str) -> Run:
+    """Weights as constants, packed by the compiler; one graph for each shape, until COMPILING has passed."""
     import torch
     import torch._inductor.config
 
     torch._inductor.config.freezing = True
     torch._dynamo.config.recompile_limit = 64
-    return load_torch(model, folder, threads, lambda loaded: torch.compile(loaded, dynamic=False))
+    compiled = load_torch(model, folder, threads, lambda loaded: torch.compile(loaded, dynamic=False))
+    seconds: dict[str, float] = {}  # of each workload's first call
+
+    def run(workload: Workload) -> np.ndarray:
+        if workload.name in seconds:
+            return compiled(workload)
+        if sum(seconds.values()) > COMPILING:
+            raise TimeoutError(f"compiling the shapes before took the {COMPILING} s that a model has for it")
+        start = time.perf_counter()
+        output = compiled(workload)
+        seconds[workload.name] = time.perf_counter() - start
+        return output
+
+    return run
 
 
-def load_fastformer(model: Model, folder: Path, threads: int, precision: str) -> Encode:
+OPTIONS = {"float32": {}, "bfloat16": {"weights": "bfloat16"}, "int8": {"quantize": "int8"}}  # of accelerate
+
+
+def load_fastformer(model: Model, folder: Path, threads: int, precision: str) -> Run:
     import fastformer
 
-    quantize = "int8" if precision == "int8" else None
-    return load_torch(model, folder, threads, lambda loaded: fastformer.accelerate(loaded, quantize=quantize))
+    return load_torch(model, folder, threads, lambda loaded: fastformer.accelerate(loaded, **OPTIONS[precision]))
+
+
+def load_fastformer_gpt(model: Model, folder: Path, threads: int, precision: str) -> Run:
+    """The reference GPT in place of transformers' model, and its generate."""
+    import torch
+
+    import fastformer
+    from fastformer.models import GptLMHeadModel
+
+    torch.set_num_threads(threads)
+    loaded = fastformer.accelerate(GptLMHeadModel.from_pretrained(folder / model.name), **OPTIONS[precision])
+
+    def run(workload: Workload) -> np.ndarray:
+        return loaded.generate(torch.from_numpy(workload.ids), max_new_tokens=NEW)[:, workload.ids.shape[1] :].numpy()
+
+    return run
 
 
 # ---- ONNX Runtime ----
@@ -137,7 +188,7 @@ def plain_encoder(model: Model, folder: Path) -> Any:
     return Encoder().eval()
 
 
-def load_onnx(model: Model, folder: Path, threads: int, precision: str) -> Encode:
+def load_onnx(model: Model, folder: Path, threads: int, precision: str) -> Run:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -187,7 +238,7 @@ def prepare_openvino(model: Model, folder: Path, calibration: list[Workload]) ->
     openvino.save_model(quantized, work / "int8.xml", compress_to_fp16=False)
 
 
-def load_openvino(model: Model, folder: Path, threads: int, precision: str) -> Encode:
+def load_openvino(model: Model, folder: Path, threads: int, precision: str) -> Run:
     import openvino
 
     settings = {
@@ -210,19 +261,29 @@ def prepare_ctranslate2(model: Model, folder: Path, calibration: list[Workload])
     converter.convert(str(folder / "ctranslate2" / model.name), force=True)
 
 
-def load_ctranslate2(model: Model, folder: Path, threads: int, precision: str) -> Encode:
+def load_ctranslate2(model: Model, folder: Path, threads: int, precision: str) -> Run:
     import ctranslate2
 
-    encoder = ctranslate2.Encoder(
+    kind = ctranslate2.Generator if model.weights_read else ctranslate2.Encoder
+    loaded = kind(
         str(folder / "ctranslate2" / model.name), compute_type=precision, intra_threads=threads, inter_threads=1
     )
 
-    def encode(workload: Workload) -> np.ndarray:
-        ids, lengths = workload.ids.astype(np.int32), workload.lengths.astype(np.int32)
-        views = map(ctranslate2.StorageView.from_array, (ids, lengths))
-        return np.array(encoder.forward_batch(*views).last_hidden_state)
+    def run(workload: Workload) -> np.ndarray:
+        if workload.task == "encode":
+            ids, lengths = workload.ids.astype(np.int32), workload.lengths.astype(np.int32)
+            views = map(ctranslate2.StorageView.from_array, (ids, lengths))
+            return np.array(loaded.forward_batch(*views).last_hidden_state)
+        prompts = [[word(token) for token in tokens] for tokens in workload.ids.tolist()]
+        whole = {"include_prompt_in_result": False}  # prompts are run at once
+        if workload.task == "generate":
+            results = loaded.generate_batch(prompts, min_length=NEW, max_length=NEW, **whole)
+            return np.array([result.sequences_ids[0] for result in results])
+        # forward_batch computes all tokens' logits; the first step of generation those of the last
+        results = loaded.generate_batch(prompts, max_length=1, return_logits_vocab=True, **whole)
+        return np.stack([np.array(result.logits[0][0]).reshape(-1) for result in results])
 
-    return encode
+    return run
 
 
 @dataclass(frozen=True)
@@ -231,13 +292,36 @@ class Contender:
     precisions: tuple[str, ...]
     imports: tuple[str, ...]  # whose time is not counted
     prepare: Prepare | None = None
+    tasks: tuple[str, ...] = ("encode",)
+    absent: str = ""  # why it does not take part in the other tasks
+
+    def takes(self, workload: Workload) -> bool:
+        return workload.task in self.tasks
 
 
+ALL = ("encode", "generate", "prefill", "token")
+THREE = ("float32", "bfloat16", "int8")
 CONTENDERS = {
-    "eager": Contender(load_eager, ("float32",), ("torch", "transformers")),
-    "torch.compile": Contender(load_compiled, ("float32",), ("torch", "transformers", "torch._inductor.config")),
-    "ONNX Runtime": Contender(load_onnx, ("float32", "int8"), ("onnxruntime",), prepare_onnx),
-    "OpenVINO": Contender(load_openvino, ("float32", "int8"), ("openvino",), prepare_openvino),
-    "CTranslate2": Contender(load_ctranslate2, ("float32", "int8"), ("ctranslate2",), prepare_ctranslate2),
-    "fastformer": Contender(load_fastformer, ("float32", "int8"), ("torch", "transformers", "fastformer")),
-}
+    "eager": Contender(load_eager, ("float32",), ("torch", "transformers"), tasks=ALL),
+    "torch.compile": Contender(
+        load_compiled, ("float32",), ("torch", "transformers", "torch._inductor.config"),
+        absent="set up here with a graph for each shape, and a growing cache has another at each token",
+    ),
+    "ONNX Runtime": Contender(
+        load_onnx, ("float32", "int8"), ("onnxruntime",), prepare_onnx,
+        absent="generation is in a package of its own, onnxruntime-genai, which is not measured",
+    ),
+    "OpenVINO": Contender(
+        load_openvino, ("float32", "int8"), ("openvino",), prepare_openvino,
+        absent="generation is in a package of its own, openvino-genai, which is not measured",
+    ),
+    "CTranslate2": Contender(
+        load_ctranslate2, THREE, ("ctranslate2",), prepare_ctranslate2, ("encode", "generate", "prefill"),
+        absent="keeps its cache to itself, so no token of a generation can be run alone",
+    ),
+    "fastformer": Contender(load_fastformer, THREE, ("torch", "transformers", "fastformer"), tasks=ALL),
+    "fastformer GPT": Contender(
+        load_fastformer_gpt, THREE, ("torch", "fastformer.models"), tasks=("generate",),
+        absent="shows its own generate alone",
+    ),
+}  # fmt: skip

@@ -22,23 +22,23 @@ def main(pipe: Connection, name: str, precision: str, threads: int, folder: Path
     for module in contender.imports:
         importlib.import_module(module)
     pipe.send(None)
-    encoders: dict[str, Any] = {}
+    loaded: dict[str, Any] = {}
     last: dict[str, float] = {}  # seconds of the last call, by workload
     while (order := pipe.recv()) is not None:
         what, subject, *rest = order
         try:
             if what == "load":
                 start = time.perf_counter()
-                encoders[subject.name] = contender.load(subject, folder, threads, precision)
+                loaded[subject.name] = contender.load(subject, folder, threads, precision)
                 pipe.send(time.perf_counter() - start)
             elif what == "first":
                 start = time.perf_counter()
-                hidden = encoders[subject.model.name](subject)
+                output = loaded[subject.model.name](subject)
                 first = last[subject.name] = time.perf_counter() - start
-                pipe.send((first, hidden))
+                pipe.send((first, output))
             else:
-                encode = encoders[subject.model.name]
-                pipe.send(turn(partial(encode, subject), last[subject.name] < SHORT, *rest))
+                run = loaded[subject.model.name]
+                pipe.send(turn(partial(run, subject), last[subject.name] < SHORT, *rest))
         except Exception as error:  # of any kind: what this contender can't do is told in the table
             pipe.send(f"{type(error).__name__}: {error}".strip().splitlines()[0][:200])
 

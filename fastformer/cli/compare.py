@@ -26,8 +26,9 @@ from torch import nn
 import fastformer
 from fastformer import backends
 from fastformer.accelerate import Report
-from fastformer.cli import machine
+from fastformer.cli import generation, machine
 from fastformer.cli.errors import UserError
+from fastformer.cli.generation import Generation, measure_generation
 from fastformer.cli.measure import (
     LEAST_COSINE,
     Accuracy,
@@ -50,7 +51,7 @@ tokens/s real tokens, without padding
 memory   most that one forward adds to the process while it runs, once warm
 kept     what the first forward leaves in the process, such as packed weights
 first    time of that first forward, packing included"""
-QUANTIZED_LEGEND = f"""
+NARROW_LEGEND = f"""
 cosine   least of the fused outputs with float64, row by row; what is judged: ok from {LEAST_COSINE} on"""
 
 NOISY = 0.25  # spread from which the medians mean little
@@ -82,6 +83,10 @@ class Row:
     report: Report  # what was swapped and what was left, after the runs
 
     @property
+    def agree(self) -> bool:
+        return self.accuracy.agree
+
+    @property
     def ratio(self) -> float:
         return self.contenders["eager"].timing.median / self.contenders["fused"].timing.median
 
@@ -109,28 +114,44 @@ def compare(
         ),
     ] = None,
     quantize: Annotated[str | None, typer.Option(metavar="int8", help="Fused inference in 8 bits (CPUs).")] = None,
+    weights: Annotated[
+        str | None, typer.Option(metavar="bfloat16", help="Fused inference on weights in 16 bits (CPUs).")
+    ] = None,
     seconds: Annotated[float, typer.Option(min=0, help="Time for the timing of each row.")] = 8.0,
 ) -> None:
     """Run models in eager PyTorch and on fused kernels, side by side; exit with 1 if their outputs do not agree."""
     check_backend(backend)
     if quantize not in (None, "int8"):
         raise UserError(f"--quantize: got {quantize!r}, expected int8")
+    if weights not in (None, "bfloat16"):
+        raise UserError(f"--weights: got {weights!r}, expected bfloat16")
+    if quantize and weights:
+        raise UserError(f"--weights: got {weights}, expected none beside --quantize {quantize}")
     check_writable(json_file)
     if threads is not None:
         torch.set_num_threads(threads)
     workloads = [text_workload(model, text)] if model or text else default_workloads()
-    settings = {"threads": torch.get_num_threads(), "dtype": dtype.value, "backend": backend, "quantize": quantize}
+    narrow = {"quantize": quantize, "weights": weights}
+    settings = {"threads": torch.get_num_threads(), "dtype": dtype.value, "backend": backend, **narrow}
     settings["seconds"] = seconds
 
     rows: list[Row] = []
+    generations: list[Generation] = []
     with progress() as announce, fastformer.backend(backend) if backend else contextlib.nullcontext():
         for workload in workloads:
-            rows += measure(workload, getattr(torch, dtype.value), quantize, seconds, announce)
+            announce(f"{workload.name}: loading")
+            model = workload.load().to(getattr(torch, dtype.value))
+            rows += measure(workload, model, narrow, seconds, announce)
+            if workload.prompt is not None:
+                announce(f"{workload.name}: generation")
+                models = {"eager": model, "fused": accelerated(model, narrow, workload.name)}
+                exact = dtype == DType.float32 and not any(narrow.values())
+                generations.append(measure_generation(workload.name, models, workload.prompt(model), exact))
 
     if json_file is not None:
-        json_file.write_text(json.dumps(as_json(rows, settings), indent=1) + "\n", encoding="utf-8")
-    show(rows, settings)
-    if not agree(rows):
+        json_file.write_text(json.dumps(as_json(rows, generations, settings), indent=1) + "\n", encoding="utf-8")
+    show(rows, generations, settings)
+    if not agree(rows) or not agree(generations):
         raise typer.Exit(1)
 
 
@@ -155,12 +176,10 @@ def check_writable(path: Path | None, option: str = "--json") -> None:
 
 
 def measure(
-    workload: Workload, dtype: torch.dtype, quantize: str | None, seconds: float, announce: Announce
+    workload: Workload, model: nn.Module, narrow: dict[str, str | None], seconds: float, announce: Announce
 ) -> Iterator[Row]:
-    """One row for each of the workload's inputs."""
-    announce(f"{workload.name}: loading")
-    model = workload.load().to(dtype)
-    accelerated(model, quantize, workload.name)  # an architecture that is not supported is told before anything runs
+    """One row for each of the workload's inputs; narrow: options of accelerate that change the numbers."""
+    accelerated(model, narrow, workload.name)  # an architecture that is not supported is told before anything runs
     all_inputs = workload.inputs(model)
 
     announce(f"{workload.name}: reference in float64")
@@ -171,19 +190,19 @@ def measure(
 
     for inputs, ref64 in zip(all_inputs, references, strict=True):
         announce(f"{workload.name}: {inputs.name}")
-        fused = accelerated(model, quantize, workload.name)  # a new copy, so that its first call is a cold one
+        fused = accelerated(model, narrow, workload.name)  # a new copy, so that its first call is a cold one
         forwards = {"eager": partial(inputs.forward, model), "fused": partial(inputs.forward, fused)}
         with torch.inference_mode():
-            judged, contenders = measure_forwards(forwards, ref64, quantize is not None, seconds)
+            judged, contenders = measure_forwards(forwards, ref64, any(narrow.values()), seconds)
         yield Row(workload.name, inputs.name, inputs.tokens, judged, contenders, fastformer.report(fused))
 
 
-def accelerated(model: nn.Module, quantize: str | None, name: str) -> nn.Module:
+def accelerated(model: nn.Module, narrow: dict[str, str | None], name: str) -> nn.Module:
     """An accelerated copy of the model."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that nothing was swapped: said below
-            fused = fastformer.accelerate(copy.deepcopy(model), quantize=quantize)
+            fused = fastformer.accelerate(copy.deepcopy(model), **narrow)
     except (NotImplementedError, ValueError) as error:
         raise UserError(f"{name}: {error}") from None
     report = fastformer.report(fused)
@@ -194,38 +213,44 @@ def accelerated(model: nn.Module, quantize: str | None, name: str) -> nn.Module:
 
 
 def measure_forwards(
-    forwards: dict[str, Forward], ref64: torch.Tensor, quantized: bool, seconds: float
+    forwards: dict[str, Forward], ref64: torch.Tensor, narrow: bool, seconds: float
 ) -> tuple[Accuracy, dict[str, Contender]]:
     gc.collect()  # no measurement pays for what an earlier row left
     first = {name: first_call(forward) for name, forward in forwards.items()}
     outputs = {name: forward() for name, forward in forwards.items()}
-    judged = accuracy(outputs["fused"], outputs["eager"], ref64, quantized)
+    judged = accuracy(outputs["fused"], outputs["eager"], ref64, narrow)
     memory = {name: peak_memory(forward) for name, forward in forwards.items()}
     timings = time_interleaved(forwards, seconds)
     errors = {"eager": judged.eager, "fused": judged.fused}
     return judged, {name: Contender(errors[name], timings[name], memory[name], first[name]) for name in forwards}
 
 
-def agree(rows: list[Row]) -> bool:
-    return all(row.accuracy.agree for row in rows)
+def agree(rows: list[Row] | list[Generation]) -> bool:
+    return all(row.agree for row in rows)
 
 
-def show(rows: list[Row], settings: dict[str, Any]) -> None:
+def show(rows: list[Row], generations: list[Generation], settings: dict[str, Any]) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, 120)
     console.print(heading(settings), markup=False, soft_wrap=True)
     console.print(table(rows))
-    console.print(LEGEND + (QUANTIZED_LEGEND if settings["quantize"] else ""), style="dim")
+    if generations:
+        console.print(generation.generation_table(generations, duration))
+    narrow = settings["quantize"] or settings["weights"]
+    legends = (LEGEND + (NARROW_LEGEND if narrow else ""), *([generation.LEGEND] if generations else []))
+    console.print("\n".join(legends), style="dim")
     console.print()
     for workload, report in {row.workload: row.report for row in rows if row.report.left}.items():
         console.print(f"not all of {workload} is fused:\n{report}\n", style="yellow", markup=False, soft_wrap=True)
-    if any(contender.timing.spread > NOISY for row in rows for contender in row.contenders.values()):
+    timings = [contender.timing for row in rows for contender in row.contenders.values()]
+    timings += [timing for one in generations for timing in one.timings.values()]
+    if any(timing.spread > NOISY for timing in timings):
         console.print("latencies vary a lot: is something else running on this machine?", style="yellow")
-    if agree(rows):
+    if agree(rows) and agree(generations):
         console.print("outputs agree", style="bold green")
     else:
-        wrong = "; ".join(f"{row.workload}, {row.inputs}" for row in rows if not row.accuracy.agree)
+        wrong = "; ".join(f"{row.workload}, {row.inputs}" for row in (*rows, *generations) if not row.agree)
         console.print(f"outputs do not agree: {wrong}", style="bold red", markup=False, soft_wrap=True)
 
 
@@ -237,6 +262,7 @@ def heading(settings: dict[str, Any]) -> str:
         f"{cpu['name']}, {settings['threads']} thread{'s' * (settings['threads'] > 1)}, {settings['dtype']}, "
         f"backend {settings['backend'] or 'as chosen for each call'}, {kernels}"
         + (f", fused in {settings['quantize']}" if settings["quantize"] else "")
+        + (f", fused weights in {settings['weights']}" if settings["weights"] else "")
     )
 
 
@@ -280,11 +306,12 @@ def megabytes(count: int | None) -> str:
     return "n/a" if count is None else f"{count / 1e6:.0f} MB"
 
 
-def as_json(rows: list[Row], settings: dict[str, Any]) -> dict[str, Any]:
+def as_json(rows: list[Row], generations: list[Generation], settings: dict[str, Any]) -> dict[str, Any]:
     return {
         "environment": machine.environment(),
         "settings": settings,
-        "agree": agree(rows),
+        "agree": agree(rows) and agree(generations),
+        "generation": generation.as_json(generations),
         "rows": [
             {
                 "workload": row.workload,

@@ -29,13 +29,19 @@ class Workload:
     name: str
     load: Callable[[], nn.Module]  # float32, eval mode
     inputs: Callable[[nn.Module], list[Inputs]]
+    prompt: Callable[[nn.Module], torch.Tensor] | None = None  # (1, length) tokens that it is to continue
 
 
 def default_workloads() -> Iterator[Workload]:
     """Real weights on real sentences, then two well-known shapes with random weights."""
     yield text_workload(None, None)
     yield Workload("BERT-base, random weights", random_bert, lambda model: [random_ids(model, 1), random_ids(model, 8)])
-    yield Workload("GPT-2-small, random weights", random_gpt2, lambda model: [random_ids(model, 1)])
+    yield Workload(
+        "GPT-2-small, random weights",
+        random_gpt2,
+        lambda model: [random_ids(model, 1)],
+        lambda model: random_tokens(model, 1, 64),
+    )
 
 
 def text_workload(folder: Path | None, text: Path | None) -> Workload:
@@ -81,10 +87,13 @@ def mean_pool(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (hidden * kept).sum(1) / kept.sum(1).clamp(min=1)
 
 
+def random_tokens(model: nn.Module, batch: int, length: int) -> torch.Tensor:
+    return torch.randint(model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
+
+
 def random_ids(model: nn.Module, batch: int, length: int = 128) -> Inputs:
     """(batch, length) random token ids; the outputs are the logits of the last token or else all hidden states."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (batch, length), generator=generator)
+    ids = random_tokens(model, batch, length)
 
     def forward(model: nn.Module) -> torch.Tensor:
         if hasattr(model, "lm_head"):
@@ -105,7 +114,9 @@ def random_gpt2() -> nn.Module:
     transformers = import_transformers()
     torch.manual_seed(0)
     config = transformers.GPT2Config(attn_implementation="sdpa")  # the defaults are GPT-2 small
-    return transformers.GPT2LMHeadModel(config).eval()
+    model = transformers.GPT2LMHeadModel(config).eval()
+    model.generation_config.eos_token_id = None  # it goes on to the last token
+    return model
 
 
 def import_transformers() -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import activations, pytorch_utils
+from transformers.utils import output_capturing
 
 from fastformer.backends import _warn_once
 from fastformer.integrations import layers
@@ -52,6 +53,18 @@ def request_weights(model: nn.Module, attentions: Iterable[nn.Module], kwargs: d
     if all(isinstance(module, Fused) for module in attentions):
         kwargs[WANTS_WEIGHTS] = True
         _warn_once("fastformer: output_attentions=True runs the eager attention of transformers, which is slower")
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Hooks that capture outputs stay on the modules, and sleep until somebody asks for hidden states again."""
+    hooks = [*module._forward_hooks.values()]
+    others = module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(
+        others
+        or "forward" in module.__dict__
+        or any(hook.__module__ != output_capturing.__name__ for hook in hooks)
+        or (hooks and output_capturing._active_collector.get())
+    )
 
 
 def attend(

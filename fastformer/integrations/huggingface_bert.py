@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.bert import modeling_bert as stock
-from transformers.utils import output_capturing
 
 from fastformer.integrations import layers
 from fastformer.integrations.fused import CHILDREN, SWAPS, UNSUPPORTED, Fused, Path, fuse
@@ -18,6 +17,7 @@ from fastformer.integrations.huggingface import (
     WANTS_WEIGHTS,
     attend,
     attention_obstacles,
+    is_watched,
     request_weights,
     takes,
 )
@@ -75,16 +75,7 @@ class _Output(layers.BertOutput):
 
 
 class BertEncoder(layers.BertEncoder):
-    @staticmethod
-    def is_watched(module: nn.Module) -> bool:
-        """Hooks that capture outputs stay on the modules, and sleep until somebody asks for hidden states again."""
-        hooks = [*module._forward_hooks.values()]
-        others = module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        return bool(
-            others
-            or any(hook.__module__ != output_capturing.__name__ for hook in hooks)
-            or (hooks and output_capturing._active_collector.get())
-        )
+    is_watched = staticmethod(is_watched)
 
     def forward(
         self,

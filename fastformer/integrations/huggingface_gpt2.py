@@ -13,7 +13,14 @@ from transformers.models.gpt2 import modeling_gpt2 as stock
 
 from fastformer.integrations import layers
 from fastformer.integrations.fused import CHILDREN, SWAPS, Fused, Path, fuse
-from fastformer.integrations.huggingface import WANTS_WEIGHTS, attend, attention_obstacles, request_weights, takes
+from fastformer.integrations.huggingface import (
+    WANTS_WEIGHTS,
+    attend,
+    attention_obstacles,
+    is_watched,
+    request_weights,
+    takes,
+)
 from fastformer.integrations.key_value_cache import growing_layers
 from fastformer.integrations.stacks import infers_eagerly, stack_of
 from fastformer.packing import drop, is_hooked
@@ -68,8 +75,9 @@ class GPT2Model(Fused):
         config = self.config
         if any(kwargs.get(name, getattr(config, name, default)) != default for name, default in _PLAIN.items()):
             return None
-        if input_ids.dim() != 2 or is_hooked(self.drop) or is_hooked(self.ln_f) or type(self.ln_f) is nn.LayerNorm:
+        if input_ids.dim() != 2 or is_hooked(self.drop) or is_hooked(self.ln_f) or not isinstance(self.ln_f, Fused):
             return None
+        self.warn_if_padding_and_no_attention_mask(input_ids, mask)
         use_cache = config.use_cache if use_cache is None else use_cache
         if use_cache and cache is None:
             cache = DynamicCache(config=config)
@@ -87,7 +95,7 @@ class GPT2Model(Fused):
         if position_ids is None:
             position_ids = torch.arange(past, past + length, device=input_ids.device)[None]
         x = self.wte(input_ids) + self.wpe(position_ids)
-        stack = stack_of(self, self.h, x)
+        stack = stack_of(self, self.h, x, is_watched)
         if stack is None or self.ln_f.eps != stack.settings.eps or self.ln_f.choose(x)[0] is not Path.PACKED:
             return None
         heads = stack.settings.heads

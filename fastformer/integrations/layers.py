@@ -252,8 +252,8 @@ class BertLayer(StackedLayer):
         if norm1.eps != norm2.eps or getattr(attention, "is_causal", False):
             return None
         heads, width = attention.num_attention_heads, norm2.normalized_shape[0]
-        hidden, activation = weight_of(self.output.dense).shape[1], activation_of(self.intermediate.intermediate_act_fn)
-        return Settings(heads, hidden, activation, (width // heads) ** -0.5, norm1.eps)
+        activation = activation_of(self.intermediate.intermediate_act_fn)
+        return Settings(heads, activation, getattr(attention, "scaling", (width // heads) ** -0.5), norm1.eps)
 
 
 class Tokens:
@@ -276,10 +276,10 @@ class Tokens:
         output[self.places] = x[0]
         return output
 
-    def attention(self, query: Tensor, key: Tensor, value: Tensor, path: Path) -> Tensor:
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, path: Path, scale: float | None = None) -> Tensor:
         """(1, tokens, E) of query, key and value (1, H, tokens, D): each sequence attends to itself."""
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, H, D)
-        scale = query.shape[-1] ** -0.5
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
         bounds = self.cu_seq, self.cu_seq, self.longest, self.longest
         if path is Path.PACKED:
             context = _raw.varlen_attn(query, key, value, *bounds, 0.0, None, scale, -1, -1)[0]
@@ -329,7 +329,8 @@ class BertEncoder(Fused):
             for layer in self.layer:
                 attention = layer.attention.self
                 path, packed = attention.choose(x)
-                context = tokens.attention(*attention.project(x, path, packed), path)
+                scale = getattr(attention, "scaling", None)
+                context = tokens.attention(*attention.project(x, path, packed), path, scale)
                 x = layer.feed_forward(layer.attention.output(context, x))
         return tokens.scatter(x, hidden_states.shape)
 
@@ -441,8 +442,7 @@ class GptBlock(StackedLayer):
         )  # fmt: skip
 
     def settings(self):
-        attn, mlp = self.attn, self.mlp
-        if self.ln_1.eps != self.ln_2.eps:
+        attn, eps = self.attn, self.ln_1.eps
+        if eps != self.ln_2.eps or not getattr(attn, "is_causal", True):
             return None
-        hidden = weight_of(mlp.c_proj).shape[1]
-        return Settings(attn.num_heads, hidden, activation_of(mlp.act), attn.scaling, self.ln_1.eps)
+        return Settings(attn.num_heads, activation_of(self.mlp.act), attn.scaling, eps)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fastformer.integrations import layers
-from fastformer.integrations.fused import CHILDREN, SWAPS, Path, fuse
+from fastformer.integrations.fused import CHILDREN, SWAPS, Fused, Path, fuse
+from fastformer.integrations.stacks import stack_of
 from fastformer.models import bert, gpt
+from fastformer.models.generation import KeyValue, KeyValueCache, LayerCache
+from fastformer.packing import is_hooked
 
 
 class BertSelfAttention(layers.BertSelfAttention):
@@ -48,14 +50,13 @@ class BertEncoder(layers.BertEncoder):
 
 class GptAttention(layers.GptAttention):
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, past: gpt.KeyValue | None = None
-    ) -> tuple[Tensor, gpt.KeyValue]:
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, past: KeyValue | LayerCache | None = None
+    ) -> tuple[Tensor, KeyValue]:
         path, packed = self.choose(hidden_states, attention_mask)
         if path is Path.STOCK:
             return super().forward(hidden_states, attention_mask, past)
         query, key, value = self.project(hidden_states, path, packed)
-        if past is not None:
-            key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
+        key, value = gpt.extend(past, key, value)
         context = layers.attention(
             query,
             key,
@@ -73,10 +74,66 @@ class GptBlock(layers.GptBlock):
     inner = {"mlp": {gpt.GptMLP}, **layers.GptBlock.inner}
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, past: gpt.KeyValue | None = None
-    ) -> tuple[Tensor, gpt.KeyValue]:
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, past: KeyValue | LayerCache | None = None
+    ) -> tuple[Tensor, KeyValue]:
         attention_output, present = self.attn(self.ln_1(hidden_states), attention_mask, past)
         return self.feed_forward(attention_output, hidden_states), present
+
+
+class GptModel(Fused):
+    def decode(
+        self, hidden_states: Tensor, mask: Tensor | None, past: gpt.Past | None, use_cache: bool
+    ) -> gpt.GptModelOutput:
+        output = self.decode_stacked(hidden_states, mask, past, use_cache)
+        return super().decode(hidden_states, mask, past, use_cache) if output is None else output
+
+    def decode_stacked(
+        self, hidden_states: Tensor, mask: Tensor | None, past: gpt.Past | None, use_cache: bool
+    ) -> gpt.GptModelOutput | None:
+        """In one op for all layers; None where they have to be called one by one."""
+        if is_hooked(self.ln_f) or not isinstance(self.ln_f, Fused):
+            return None
+        stack = stack_of(self, self.h, hidden_states)
+        if stack is None or self.ln_f.eps != stack.settings.eps:
+            return None
+        if self.ln_f.choose(hidden_states)[0] is not Path.PACKED:
+            return None
+        (batch, length, width), heads = hidden_states.shape, stack.settings.heads
+        cache = past if isinstance(past, KeyValueCache) else None
+        if cache is None and (past is not None or use_cache):
+            cache = _copied(past, len(self.h), hidden_states, heads)
+            if cache is None:
+                return None
+        layers = cache.layers if cache else ()
+        memory = [layer.reserve(hidden_states, batch, heads, length, width // heads) for layer in layers]
+        if mask is not None and mask.all():
+            mask = None
+        hidden_states = stack.run(
+            hidden_states,
+            final_norm=self.ln_f,
+            is_causal=True,
+            mask=mask,
+            caches=memory,
+            past=cache.length if cache else 0,
+        )
+        for layer in layers:
+            layer.length += length
+        if not use_cache:
+            return gpt.GptModelOutput(hidden_states, None)
+        return gpt.GptModelOutput(hidden_states, cache if cache is past else [layer.memory for layer in layers])
+
+
+def _copied(past: list[KeyValue] | None, num_layers: int, new: Tensor, heads: int) -> KeyValueCache | None:
+    """Past keys and values with room for those of new tokens (B, S, E); None where they are not of new's kind."""
+    batch, length, width = new.shape
+    shape, kind = (batch, heads, past[0][0].size(2) if past else 0, width // heads), (new.dtype, new.device)
+    cache = KeyValueCache(num_layers, shape[2] + length)
+    for layer, pair in zip(cache.layers, past or (), strict=bool(past)):
+        for x in pair:
+            if type(x) is not Tensor or x.requires_grad or x.shape != shape or (x.dtype, x.device) != kind:
+                return None
+        layer.append(*pair)
+    return cache
 
 
 SWAPS.update(
@@ -86,6 +143,7 @@ SWAPS.update(
         bert.BertOutput: BertOutput,
         bert.BertLayer: fuse(bert.BertLayer, BertLayer),
         bert.BertPredictionHeadTransform: fuse(bert.BertPredictionHeadTransform, layers.BertPredictionHeadTransform),
+        gpt.GptModel: fuse(gpt.GptModel, GptModel),
         gpt.GptAttention: fuse(gpt.GptAttention, GptAttention),
         gpt.GptBlock: fuse(gpt.GptBlock, GptBlock),
     }

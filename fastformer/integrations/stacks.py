@@ -15,10 +15,9 @@ _raw = torch.ops.fastformer_cpu
 
 
 class Settings(NamedTuple):
-    """What all layers of a stack share."""
+    """What all layers of a stack share, beside their shapes."""
 
     heads: int
-    hidden_features: int
     activation: str
     scale: float
     eps: float
@@ -53,7 +52,11 @@ class Stack:
     def __init__(self, layers: Sequence[StackedLayer], members: list[Fused], packs: list[packing.Packed]):
         self.layers, self.members, self.packs = layers, members, packs
         self.watched = [*layers, *members, *(c for layer in layers for c in layer.containers())]
+        # Of those with one class and one config, one answers for all whether something stops it.
+        self.asked = list({(type(m), id(getattr(m, "config", None))): m for m in members}.values())
         self.settings = layers[0].settings()
+        matrices = [group[0] for packed in packs[: len(layers[0].members())] for group in packed.matrices]
+        self.hidden_features = matrices[2].shape[0]  # after query, key and value, and the projection
         packing.lay_together(packs)
         self.panels = [panels for packed in packs for panels in packed.panels]
         none = packs[0].panels[0].new_empty(0)
@@ -63,8 +66,10 @@ class Stack:
         if any(map(is_watched, self.watched)):
             return False
         for member, packed in zip(self.members, self.packs, strict=True):
-            if packing.kept(member) is not packed or member.training or member.own_obstacles(member):
+            if packing.kept(member) is not packed or member.training:
                 return False
+        if any(member.own_obstacles(member) for member in self.asked):
+            return False
         return packing.hold(self.packs) and all(layer.settings() == self.settings for layer in self.layers)
 
     def run(
@@ -85,8 +90,8 @@ class Stack:
         weight, bias = (final_norm.weight, final_norm.bias) if final_norm is not None else (None, None)
         keys, values = [key for key, _ in caches], [value for _, value in caches]
         return _raw.packed_layers(
-            x, self.panels, self.vectors, weight, bias, final_norm is not None, is_causal, s.heads, s.hidden_features,
-            s.activation, s.scale, s.eps, mask, cu_seq, longest, keys, values, past,
+            x, self.panels, self.vectors, weight, bias, final_norm is not None, is_causal, s.heads,
+            self.hidden_features, s.activation, s.scale, s.eps, mask, cu_seq, longest, keys, values, past,
         )  # fmt: skip
 
 
@@ -132,6 +137,10 @@ def _make(layers: nn.ModuleList, x: Tensor, is_watched) -> Stack | None:
         packs.append(packed)
     settings = {layer.settings() for layer in layers}
     if len(settings) > 1 or None in settings:
+        return None
+    shapes = [[matrix.shape for group in packed.matrices for matrix in group] for packed in packs]
+    each = len(packs) // len(layers)
+    if shapes != shapes[:each] * len(layers):
         return None
     stack = Stack(list(layers), members, packs)
     return stack if stack.holds(is_watched) else None

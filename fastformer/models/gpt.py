@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .generation import GenerationMixin, KeyValue, KeyValueCache, LayerCache
 from .layers import (
     ACTIVATIONS,
     check_activation,
@@ -28,7 +29,14 @@ from .layers import (
 )
 from .loading import PretrainedConfig, PretrainedModel
 
-KeyValue = tuple[Tensor, Tensor]  # one layer's keys and values, (B, H, K, D) each
+
+def extend(past: KeyValue | LayerCache | None, key: Tensor, value: Tensor) -> KeyValue:
+    """Keys and values of all tokens, (B, H, K, D): those of the past, and these (B, H, S, D)."""
+    if past is None:
+        return key, value
+    if isinstance(past, LayerCache):
+        return past.append(key, value)
+    return torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
 
 
 @dataclass(frozen=True)
@@ -87,11 +95,10 @@ class GptAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, past: KeyValue | None = None
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, past: KeyValue | LayerCache | None = None
     ) -> tuple[Tensor, KeyValue]:
         query, key, value = (split_heads(x, self.num_heads) for x in self.c_attn(hidden_states).chunk(3, dim=-1))
-        if past is not None:
-            key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
+        key, value = extend(past, key, value)
         length, key_length = query.size(2), key.size(2)
         is_causal = attention_mask is None and length == key_length  # needs no matrix
         if not is_causal and length > 1:  # the last query sees every key
@@ -131,7 +138,7 @@ class GptBlock(nn.Module):
         self.mlp = GptMLP(config)
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, past: KeyValue | None = None
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, past: KeyValue | LayerCache | None = None
     ) -> tuple[Tensor, KeyValue]:
         """hidden_states: (B, S, H * D); attention_mask: (B, 1, 1, K) bool, True = keep, or None; past: of P tokens."""
         attention_output, present = self.attn(self.ln_1(hidden_states), attention_mask, past)
@@ -139,9 +146,12 @@ class GptBlock(nn.Module):
         return hidden_states + self.mlp(self.ln_2(hidden_states)), present
 
 
+Past = list[KeyValue] | KeyValueCache
+
+
 class GptModelOutput(NamedTuple):
     last_hidden_state: Tensor  # (B, S, H * D)
-    past_key_values: list[KeyValue] | None
+    past_key_values: Past | None
 
 
 class GptPretrainedModel(PretrainedModel):
@@ -172,7 +182,7 @@ class GptModel(GptPretrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: list[KeyValue] | None = None,
+        past_key_values: Past | None = None,
         use_cache: bool = False,
     ) -> GptModelOutput:
         """
@@ -180,37 +190,47 @@ class GptModel(GptPretrainedModel):
             input_ids: (B, S) int64, the tokens after those in past_key_values.
             attention_mask: (B, K) bool or integer, 1 = keep, 0 = padding on either side; None keeps all.
             position_ids: (B, S) or (S,) int64; None is P ... K - 1, which left padding does not shift.
-            past_key_values: what an earlier call returned; it is not changed.
-            use_cache: return the keys and values of all K tokens, one (key, value) of (B, H, K, D) a layer.
+            past_key_values: what an earlier call returned, which is not changed; or a generation.KeyValueCache, empty
+                at first, which this call appends to.
+            use_cache: return the keys and values of all K tokens: one (key, value) of (B, H, K, D) a layer, or the
+                KeyValueCache that was given.
 
         Raises:
-            ValueError: input_ids, attention_mask or past_key_values that do not fit, or more tokens than n_positions.
+            ValueError: input_ids, attention_mask or past_key_values that do not fit, more tokens than n_positions, or a
+                KeyValueCache where gradients are needed.
             TypeError: an attention_mask in floating point, as if it were to be added.
         """
-        if past_key_values is not None and len(past_key_values) != len(self.h):
-            raise ValueError(f"past_key_values must have {len(self.h)} layers, got {len(past_key_values)}")
-        past_length = 0 if past_key_values is None else past_key_values[0][0].size(2)
+        in_place = isinstance(past_key_values, KeyValueCache)
+        layers = past_key_values.layers if in_place else past_key_values
+        if layers is not None and len(layers) != len(self.h):
+            raise ValueError(f"past_key_values must have {len(self.h)} layers, got {len(layers)}")
+        past_length = past_key_values.length if in_place else layers[0][0].size(2) if layers else 0
         check_input_ids(input_ids, past_length, self.config.n_positions)
         batch, length = input_ids.shape
         mask = padding_mask(attention_mask, batch, past_length + length)
         if position_ids is None:
             position_ids = torch.arange(past_length, past_length + length, device=input_ids.device)
         hidden_states = self.drop(self.wte(input_ids) + self.wpe(position_ids))
-        presents = []
-        for block, past in zip(self.h, past_key_values or [None] * len(self.h), strict=True):
-            hidden_states, present = block(hidden_states, mask, past)
+        return self.decode(hidden_states, mask, past_key_values, use_cache)
+
+    def decode(self, hidden_states: Tensor, mask: Tensor | None, past: Past | None, use_cache: bool) -> GptModelOutput:
+        """The layers and the last layer-norm, of embedded tokens (B, S, H * D) and a mask (B, 1, 1, K) or None."""
+        in_place, presents = isinstance(past, KeyValueCache), []
+        layers = (past.layers if in_place else past) or [None] * len(self.h)
+        for block, layer in zip(self.h, layers, strict=True):
+            hidden_states, present = block(hidden_states, mask, layer)
             if use_cache:
                 presents.append(present)
-        return GptModelOutput(self.ln_f(hidden_states), presents if use_cache else None)
+        return GptModelOutput(self.ln_f(hidden_states), (past if in_place else presents) if use_cache else None)
 
 
 class GptLMHeadOutput(NamedTuple):
     loss: Tensor | None
-    logits: Tensor  # (B, S, V)
-    past_key_values: list[KeyValue] | None
+    logits: Tensor  # (B, S, V), or of the last ones only
+    past_key_values: Past | None
 
 
-class GptLMHeadModel(GptPretrainedModel):
+class GptLMHeadModel(GenerationMixin, GptPretrainedModel):
     """Logits of the next token; lm_head.weight is that of the token embeddings."""
 
     architecture = "GPT2LMHeadModel"
@@ -227,15 +247,19 @@ class GptLMHeadModel(GptPretrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: list[KeyValue] | None = None,
+        past_key_values: Past | None = None,
         use_cache: bool = False,
         labels: Tensor | None = None,
+        logits_to_keep: int = 0,
     ) -> GptLMHeadOutput:
         """As GptModel; labels: (B, S) int64, the input_ids themselves with -100 where nothing is to be predicted:
-        the logits of each token are held against the label of the next."""
+        the logits of each token are held against the label of the next. logits_to_keep: of so many last tokens; 0 is of
+        all, as labels want it."""
+        if labels is not None and logits_to_keep:
+            raise ValueError(f"logits_to_keep must be 0 with labels, got {logits_to_keep}")
         hidden_states, past_key_values = self.transformer(
             input_ids, attention_mask, position_ids, past_key_values, use_cache
         )
-        logits = self.lm_head(hidden_states)
+        logits = self.lm_head(hidden_states[:, -logits_to_keep:])
         loss = None if labels is None else cross_entropy(logits[:, :-1], labels[:, 1:])
         return GptLMHeadOutput(loss, logits, past_key_values)

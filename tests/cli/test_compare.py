@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from torch import nn
 
 import fastformer
 from fastformer import library
-from fastformer.cli import compare, workloads
+from fastformer.cli import compare, generation, workloads
 
 QUICK = ("--seconds", 0)
 
@@ -44,7 +45,7 @@ def test_json(fastformer_cli: Callable, bert_folder: Path, text_file: Path, tmp_
     found = json.loads(target.read_text())
     assert found["agree"] is True
     backend = os.environ.get("FASTFORMER_BACKEND")
-    expected = {"threads": 1, "dtype": dtype, "backend": backend, "quantize": None, "seconds": 0.0}
+    expected = {"threads": 1, "dtype": dtype, "backend": backend, "quantize": None, "weights": None, "seconds": 0.0}
     assert found["settings"] == expected
     assert found["environment"]["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert found["environment"]["versions"]["fastformer"] == fastformer.__version__
@@ -71,6 +72,93 @@ def test_quantized(fastformer_cli: Callable, bert_folder: Path, text_file: Path,
     rows = json.loads(target.read_text())["rows"]
     assert all(0.995 <= row["cosine"] < 1 and "fused, int8" in row["report"] for row in rows)
     assert f"cosine {rows[0]['cosine']:.4f}" in result.stdout and "fused in int8" in result.stdout
+
+
+def test_narrow_weights(fastformer_cli: Callable, bert_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    target = tmp_path / "result.json"
+    options = ("--weights", "bfloat16", "--json", target, *QUICK)
+    result = fastformer_cli("compare", "--model", bert_folder, "--text", text_file, *options)
+    assert result.exit_code == 0, result.output
+    found = json.loads(target.read_text())
+    assert found["settings"]["weights"] == "bfloat16" and found["generation"] == []
+    assert all(0.995 <= row["cosine"] < 1 and "fused, bfloat16" in row["report"] for row in found["rows"])
+    assert f"cosine {found['rows'][0]['cosine']:.4f}" in result.stdout and "fused weights in bfloat16" in result.stdout
+
+
+def test_unknown_weights(fastformer_cli: Callable) -> None:
+    fails(fastformer_cli("compare", "--weights", "int4"), "--weights: got 'int4', expected bfloat16")
+    both = ("--quantize", "int8", "--weights", "bfloat16")
+    fails(fastformer_cli("compare", *both), "--weights: got bfloat16, expected none beside --quantize int8")
+
+
+@pytest.fixture
+def tiny_gpt2(monkeypatch: pytest.MonkeyPatch) -> Callable[[], nn.Module]:
+    """In the place of the default workloads, one that generates."""
+
+    def load() -> nn.Module:
+        torch.manual_seed(0)
+        config = transformers.GPT2Config(vocab_size=60, n_positions=100, n_embd=32, n_layer=2, n_head=2)
+        model = transformers.GPT2LMHeadModel(config).eval()
+        model.generation_config.eos_token_id = None
+        return model
+
+    workload = workloads.Workload(
+        "tiny-gpt2", load, lambda m: [workloads.random_ids(m, 1, 8)], lambda m: workloads.random_tokens(m, 1, 9)
+    )
+    monkeypatch.setattr(compare, "default_workloads", lambda: [workload])
+    return load
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("--dtype", "bfloat16"), ("--weights", "bfloat16"), ("--quantize", "int8")], ids=str
+)
+def test_generation(fastformer_cli: Callable, tiny_gpt2: Callable, tmp_path: Path, options: tuple) -> None:
+    target = tmp_path / "result.json"
+    result = fastformer_cli("compare", "--json", target, *options, *QUICK)
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(target.read_text())["generation"]
+    assert row["agree"] and row["new_tokens"] == 64 and row["inputs"] == "generate, 9 + 64 tokens, greedy"
+    assert row["equal_tokens"] == 64 or options
+    eager, fused = row["contenders"]["eager"], row["contenders"]["fused"]
+    assert row["ratio"] == pytest.approx(eager["median_s"] / fused["median_s"])
+    for one in (eager, fused):
+        assert len(one["samples_s"]) == 3 and one["tokens_per_s"] == pytest.approx(64 / one["median_s"])
+        assert 0 < one["first_token_s"] < max(one["samples_s"])
+    for cell in (row["inputs"], f"{row['equal_tokens']} of 64", "first"):
+        assert cell in result.stdout
+
+
+def test_equal_tokens_are_counted_up_to_the_first_that_is_another(tiny_gpt2: Callable) -> None:
+    model = tiny_gpt2()
+    prompt = workloads.random_tokens(model, 1, 9)
+    run = generation.Run(model, prompt)
+    run()
+    other = tiny_gpt2()
+    stock = other.generate
+
+    def third_token_is_another(*args: Any, **options: Any) -> torch.Tensor:
+        tokens = stock(*args, **options)
+        tokens[0, 9 + 2] = (tokens[0, 9 + 2] + 1) % 60
+        return tokens
+
+    other.generate = third_token_is_another
+    for must_be_equal in (False, True):
+        row = generation.measure_generation("tiny", {"eager": model, "fused": other}, prompt, must_be_equal)
+        assert row.equal == 2 and row.agree is not must_be_equal
+
+
+def test_exit_1_if_the_tokens_do_not_agree(
+    fastformer_cli: Callable, tiny_gpt2: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def one_token_less(*args: Any) -> generation.Generation:
+        row = measure(*args)
+        return dataclasses.replace(row, equal=63)
+
+    measure = generation.measure_generation
+    monkeypatch.setattr(compare, "measure_generation", one_token_less)
+    result = fastformer_cli("compare", *QUICK)
+    assert result.exit_code == 1
+    assert "outputs do not agree: tiny-gpt2, generate, 9 + 64 tokens, greedy" in result.stdout
 
 
 def test_unknown_quantization(fastformer_cli: Callable) -> None:
