@@ -22,9 +22,7 @@ from transformers import GPT2LMHeadModel
 
 import fastformer
 
-MODULES = (
-    "argparse collections copy datetime decimal doctest fractions heapq logging pickle random string textwrap turtle"
-)
+MODULES = "argparse collections copy datetime decimal doctest fractions heapq logging pickle random string textwrap"
 WEIGHTS = {"float32": {}, "bfloat16": {"weights": "bfloat16"}, "int8": {"quantize": "int8"}}  # options of accelerate
 
 

@@ -289,6 +289,33 @@ def batched(items: list, size: int) -> list[list]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
+@pytest.mark.parametrize("layout", ["padding", "end to end", "caches"])
+@pytest.mark.parametrize("panels", [None, "int8"])
+def test_whole_sequences_for_each_thread(layout, panels):
+    """As many sequences as are shared out among the threads: each is bit by bit what it is alone."""
+    layers, lengths = make_layers(), [70, 3, 70, 61, 70, 12, 64, 70, 1, 70]
+    x, final = randn(len(lengths), 70, 48), final_of(layers, True)
+    keep = torch.arange(70) < torch.tensor(lengths)[:, None]
+    cu_seq = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    common = dict(pre_norm=True, final=final, is_causal=True, panels=panels)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        if layout == "end to end":
+            output = run_packed(x[keep][None], layers, 3, cu_seq=cu_seq, longest=70, **common)[0].split(lengths)
+        elif layout == "padding":
+            output = run_packed(x, layers, 3, mask=keep[:, None, None], **common)
+        else:
+            keys, values = caches = random_caches(len(lengths), 0, 80, torch.float32)
+            output = run_packed(x, layers, 3, caches=caches, **common)
+        for i, length in enumerate(lengths):
+            alone_caches = random_caches(1, 0, 80, torch.float32)
+            alone = run_packed(x[i : i + 1, :length], layers, 3, caches=alone_caches, **common)[0]
+            assert torch.equal(output[i][:length], alone)
+            if layout == "caches":
+                for cache, expected in zip((*keys, *values), (*alone_caches[0], *alone_caches[1]), strict=True):
+                    assert torch.equal(cache[i, :, :length], expected[0, :, :length])
+
+
 @pytest.mark.parametrize("panels", [None, "bfloat16", "int8"])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_threads_give_the_same_bits(isa, dtype, panels):
