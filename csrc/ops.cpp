@@ -81,7 +81,7 @@ STABLE_TORCH_LIBRARY(fastformer_cpu, m) {
   // or quantized, (panels, bytes of a panel) in int8.
   m.def("pack_weight(Tensor weight, ScalarType? dtype=None) -> Tensor");  // dtype: of panels in 16 bits
   m.def("quantize_weight(Tensor weight) -> Tensor");
-  m.def("use_huge_pages(Tensor(a!) memory) -> ()");  // where the system has them; the values stay
+  m.def("use_huge_pages(Tensor(a!) memory) -> ()");  // new memory, not written to; where the system has them
 
   // By samples: do the weights still agree with what was packed of them? The next counts[i] weights are, in a row, packed[i].
   m.def("is_packed(Tensor[] weights, int[] counts, Tensor[] packed) -> bool");

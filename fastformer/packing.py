@@ -113,12 +113,12 @@ def lay_together(packs: Sequence[Packed]) -> None:
     has them. Each panel's old memory is free as soon as it is copied."""
     size = sum(-panels.nbytes // 64 * -64 for packed in packs for panels in packed.panels)
     block, offset = torch.empty(size, dtype=torch.uint8), 0
+    _raw.use_huge_pages(block)
     for packed in packs:
         for i, panels in enumerate(packed.panels):
             place = block[offset : offset + panels.nbytes].view(panels.dtype).view(panels.shape)
             packed.panels[i] = place.copy_(panels)
             offset += -panels.nbytes // 64 * -64
-    _raw.use_huge_pages(block)
 
 
 def _pack(matrix: Tensor, weights: str | None) -> Tensor:

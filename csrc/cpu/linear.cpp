@@ -62,21 +62,16 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor grad_output, Tensor in
           need_weight ? weight_gradient(grad, rows_of(input)) : none, need_bias ? bias_gradient(grad) : none};
 }
 
-// Packed weights are read from end to end, for a token of a GPT at the memory's speed: huge pages make that a tenth to a
-// third faster. The system gives them if it can and wants to.
+// For memory that nobody has written to yet. Packed weights are read from end to end, for a token of a GPT at the memory's
+// speed: huge pages make that a tenth to a third faster. The system gives them if it can and wants to.
 void use_huge_pages(Tensor memory) {
 #ifdef MADV_HUGEPAGE
-  constexpr int kCollapse = 25;  // MADV_COLLAPSE, Linux 6.1; older ones refuse it
   constexpr uintptr_t kPage = 4096;
   const uintptr_t address = reinterpret_cast<uintptr_t>(memory.mutable_data_ptr());
   const uintptr_t bytes = memory.numel() * memory.element_size(), begin = address / kPage * kPage;
   const uintptr_t end = (address + bytes + kPage - 1) / kPage * kPage;
-  for (const int advice : {MADV_HUGEPAGE, kCollapse}) madvise(reinterpret_cast<void*>(begin), end - begin, advice);
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
-}
-Tensor in_huge_pages(Tensor panels) {
-  use_huge_pages(panels);
-  return panels;
 }
 
 // dtype: bfloat16 or float16 for panels of 16 bits; those of a weight in this dtype hold the same values.
@@ -84,7 +79,7 @@ Tensor pack_weight(Tensor weight, std::optional<ScalarType> dtype) {
   STD_TORCH_CHECK(!dtype || ((*dtype == ScalarType::BFloat16 || *dtype == ScalarType::Half) &&
                              weight.scalar_type() != ScalarType::Double),
                   "dtype: expected bfloat16, float16 or None, and no float64 weight");
-  return in_huge_pages(pack(weight, dtype).panels);
+  return pack(weight, dtype).panels;
 }
 
 Tensor quantize_weight(Tensor weight) {
@@ -98,7 +93,7 @@ Tensor quantize_weight(Tensor weight) {
       .b_column_stride = weight.stride(0), .b_depth_stride = weight.stride(1), .packed = packed.mutable_data_ptr(),
   };
   parallel_tasks(panels, [&](int64_t p) { kernels().pack_quantized(args, p, p + 1); });
-  return in_huge_pages(packed);
+  return packed;
 }
 
 constexpr int64_t kSamples = 16;  // of each weight

@@ -57,8 +57,8 @@ class Stack:
         self.settings = layers[0].settings()
         matrices = [group[0] for packed in packs[: len(layers[0].members())] for group in packed.matrices]
         self.hidden_features = matrices[2].shape[0]  # after query, key and value, and the projection
-        packing.lay_together(packs)
         self.panels = [panels for packed in packs for panels in packed.panels]
+        self.is_together = False
         none = packs[0].panels[0].new_empty(0)
         self.vectors = [none if v is None else v.detach() for layer in layers for v in layer.vectors()]
 
@@ -86,6 +86,9 @@ class Stack:
     ) -> Tensor:
         """The last hidden states, (B, S, E), of x (B, S, E): see csrc/ops.cpp. A final_norm means that each layer
         normalizes its input, not its output."""
+        if past and not self.is_together:  # tokens will come one by one, and wait for the weights
+            packing.lay_together(self.packs)
+            self.panels, self.is_together = [panels for packed in self.packs for panels in packed.panels], True
         s = self.settings
         weight, bias = (final_norm.weight, final_norm.bias) if final_norm is not None else (None, None)
         keys, values = [key for key, _ in caches], [value for _, value in caches]
