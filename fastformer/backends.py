@@ -127,6 +127,8 @@ _TRITON_SIZES = {
 }
 
 _CUDA_NOTES = {
+    "scaled_dot_product_attention": "head sizes to 256, bool and float masks, causal, window, grouped-query, dropout",
+    "varlen_attn": "head sizes to 256, window, grouped-query, dropout",
     "layer_norm": "widths to 16,384",
     "add_layer_norm": "widths to 16,384, 16-bit input with a float32 residual, dropout",
     "linear": "gelu, gelu_tanh, relu, silu, dropout, residual",
@@ -134,6 +136,8 @@ _CUDA_NOTES = {
 }
 
 _CUDA_SIZES = {
+    "scaled_dot_product_attention": 256,
+    "varlen_attn": 256,
     "layer_norm": 16384,
     "add_layer_norm": 16384,
 }

@@ -41,6 +41,21 @@ STABLE_TORCH_LIBRARY(fastformer_cuda, m) {
       "bool need_weight1, bool need_bias1, bool need_weight2, bool need_bias2) -> "
       "(Tensor grad_input, Tensor grad_weight1, Tensor grad_bias1, Tensor grad_weight2, Tensor grad_bias2)");
 
+  m.def(
+      "scaled_dot_product_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float dropout_p, "
+      "Tensor? seed, bool is_causal, float scale, int window_left, int window_right) -> (Tensor output, Tensor lse)");
+  m.def(
+      "scaled_dot_product_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, "
+      "Tensor? attn_mask, Tensor output, Tensor lse, float dropout_p, Tensor? seed, bool is_causal, float scale, "
+      "int window_left, int window_right) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+  m.def(
+      "varlen_attn(Tensor query, Tensor key, Tensor value, Tensor cu_seq_q, Tensor cu_seq_k, int max_q, int max_k, "
+      "float dropout_p, Tensor? seed, float scale, int window_left, int window_right) -> (Tensor output, Tensor lse)");
+  m.def(
+      "varlen_attn_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output, Tensor lse, "
+      "Tensor cu_seq_q, Tensor cu_seq_k, int max_q, int max_k, float dropout_p, Tensor? seed, float scale, "
+      "int window_left, int window_right) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+
   m.def("device_type() -> str");  // of the tensors that the ops take: "cuda", or "cpu" in the simulator's build
 }
 

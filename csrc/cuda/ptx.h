@@ -161,6 +161,15 @@ __device__ __forceinline__ void barrier_arrive(int id, int threads SIM_WHERE) {
 #endif
 }
 
+// The same number, of which the compiler knows nothing: what is computed from it inside of a loop is computed there, and
+// not held in registers throughout the loop.
+__device__ __forceinline__ int opaque(int x) {
+#ifdef __CUDACC__
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 // Approximations: 2^x (2 units in the last place, subnormals are 0), tanh(x) (relative error 2^-11), 1 / x.
 __device__ __forceinline__ float exp2_approx(float x) {
 #ifdef __CUDACC__

@@ -14,6 +14,8 @@ MATMUL_BF16, MATMUL_F16 = (
     ("tests/sim/test_cuda_matmul.py", "-k", f"(four_steps or split or bank or many_rows) and {dtype}")
     for dtype in ("dtype1", "dtype2")
 )
+ATTENTION_BF16 = ("tests/sim/test_cuda_attention.py", "-k", "(many_tiles or orders or Split) and dtype1")
+HIDDEN_BF16 = ("tests/sim/test_cuda_attention.py", "-k", "not_finite and dtype1 or masked_whole or bank")
 
 # The text stands once in the function.
 MISTAKES = {
@@ -89,5 +91,21 @@ MISTAKES = {
     },
     (PRODUCT_F32, "matmul_f32.cu", "activations.h", "Activated gelu("): {
         "the slope of GELU misses a term": ("cdf + x * density", "cdf"),
+    },
+    (ATTENTION_BF16, "attention_bf16.cu", "attention_forward.h", "forward_kernel("): {
+        "a tile is not waited for": ("cp_async_wait<0>();\n      __sync", "cp_async_wait<1>();\n      __sync"),
+        "no barrier after a tile has come": (
+            "__syncthreads();  // this tile has come, and nobody reads the one before it any more", "",
+        ),
+        "the sum keeps its old maximum": ("l[half] *= rescale;", ""),
+        "the output keeps its old maximum": ("out[j][2 * half] *= rescale;", ""),
+        "the last key is hidden": ("key >= begin && key < end &&", "key >= begin && key < end - 1 &&"),
+        "the parts' log-sum-exps go to one place": (" + part * args.part_stride_lse", ""),
+    },
+    (HIDDEN_BF16, "attention_bf16.cu", "attention_forward.h", "forward_kernel("): {
+        "a row that is NaN is not taken again": ("if (!(lanes & 15) || row >= rows) continue;", "continue;"),
+    },
+    (ATTENTION_BF16, "attention_bf16.cu", "attention_forward.h", "combine_kernel("): {
+        "all parts weigh the same": ("weight = exponential<T>(x - finite_maximum(m))", "weight = 1"),
     },
 }  # fmt: skip

@@ -11,7 +11,7 @@ import time
 
 import build_sim
 
-OPS = ("layer_norm", "add_layer_norm", "linear", "feed_forward")
+OPS = ("scaled_dot_product_attention", "varlen_attn", "layer_norm", "add_layer_norm", "linear", "feed_forward")
 OP_TESTS = [f"tests/ops/test_{op}.py" for op in OPS]
 SUBSET = "sizes or narrow or dropout_accuracy or layouts or residual_of_another_dtype"  # what sanitizers are given
 
