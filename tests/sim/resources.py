@@ -34,6 +34,25 @@ PAGE = ROOT / "docs" / "cuda_budgets.md"
 
 # What the host side launches a kernel with: (threads of a block, bytes of dynamic shared memory).
 LAUNCHES = {
+    r"attention::forward_kernel<float, 64>": (128, 60416),
+    r"attention::forward_kernel<float, 128>": (128, 72704),
+    r"attention::forward_kernel<float, 256>": (128, 93184),
+    r"attention::forward_kernel<b?f16, 64>": (128, 41984),
+    r"attention::forward_kernel<b?f16, 128>": (128, 50176),
+    r"attention::forward_kernel<b?f16, 256>": (128, 58368),
+    r"attention::grad_key_value_kernel<float, 64>": (128, 76800),
+    r"attention::grad_key_value_kernel<float, 128>": (128, 84224),
+    r"attention::grad_key_value_kernel<float, 256>": (64, 99584),
+    r"attention::grad_key_value_kernel<b?f16, 64>": (128, 33792),
+    r"attention::grad_key_value_kernel<b?f16, 128>": (128, 49664),
+    r"attention::grad_key_value_kernel<b?f16, 256>": (128, 98816),
+    r"attention::grad_query_kernel<float, 64>": (128, 76800),
+    r"attention::grad_query_kernel<float, 128>": (128, 84992),
+    r"attention::grad_query_kernel<float, 256>": (64, 99840),
+    r"attention::grad_query_kernel<b?f16, 64>": (128, 33792),
+    r"attention::grad_query_kernel<b?f16, 128>": (128, 50176),
+    r"attention::grad_query_kernel<b?f16, 256>": (128, 99328),
+    r"attention::(combine|delta)_kernel": (128, 0),
     r"matmul_kernel<.*Tile<128, 128": (256, 69632),
     r"matmul_kernel<.*Tile<64, 64": (128, 32768),
     r"finish_kernel": (128, 0),
@@ -167,7 +186,7 @@ def report() -> dict[tuple[str, str], Facts]:
 
 def short(demangled: str) -> str:
     text = re.sub(r"fastformer::|\(anonymous namespace\)::|^void ", "", demangled)
-    text = re.sub(r"\((?:[\w]+Args|float const\*).*\)$", "", text)
+    text = re.sub(r"\((?:[\w:]+Args|float const\*).*\)$", "", text)
     return text.replace("__nv_bfloat16", "bf16").replace("__half", "f16")
 
 
