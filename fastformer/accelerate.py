@@ -97,8 +97,8 @@ def accelerate(
             are, beside an 8-bit copy, and serve where gradients are needed, in training, and under autocast. None:
             nothing is quantized.
         weights: "bfloat16" keeps the packed weights of inference on CPUs in 16 bits, rounded to bfloat16, and computes
-            in the dtype of the model: for a float32 model half the memory, and nearly twice the speed where few tokens
-            wait for the weights, as in generation. The weights stay as they are beside them. None: they are packed in
+            in the dtype of the model: for a float32 model half the memory, and more speed where few tokens wait for the
+            weights, as in generation. The weights stay as they are beside them. None: they are packed in
             the model's dtype.
         unpad: in inference on CPUs an encoder computes the real tokens of a padded batch only; its last hidden states
             are 0 at padding, where the stock model has numbers without a meaning. Where hooks or output_hidden_states

@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor grad_output, Tensor in
 }
 
 // For memory that nobody has written to yet. Packed weights are read from end to end, for a token of a GPT at the memory's
-// speed: huge pages make that a tenth to a third faster. The system gives them if it can and wants to.
+// speed, which huge pages raise (bench/NOTES.md). The system gives them if it can and wants to.
 void use_huge_pages(Tensor memory) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kPage = 4096;
