@@ -97,11 +97,13 @@ STABLE_TORCH_LIBRARY(fastformer_cpu, m) {
   // norm1 weight, bias; query, key, value bias (or one for all); projection bias; norm2 weight, bias; the two biases of
   // the feed-forward network. attn_mask (batch, 1 or heads, 1 or length, keys), bool or the compute dtype. With cu_seq
   // the batch is one row of sequences. With a cache, per layer (batch, heads, capacity, head_dim), every query sees
-  // `past` keys and those up to its own; the new ones are written behind them.
+  // `past` keys and those up to its own; the new ones are written behind them. With a head, the packed weight
+  // (vocabulary, width) of a product after the last layer-norm, come its (batch, keep, vocabulary) for the last positions.
   m.def(
       "packed_layers(Tensor input, Tensor[] packed, Tensor[] vectors, Tensor? final_weight, Tensor? final_bias, "
-      "bool pre_norm, bool is_causal, int heads, int hidden_features, str? activation, float scale, float eps, "
-      "Tensor? attn_mask, Tensor? cu_seq, int longest, Tensor(a!)[] key_cache, Tensor(b!)[] value_cache, int past) "
+      "Tensor? head, Tensor? head_bias, int vocabulary, int keep, bool pre_norm, bool is_causal, int heads, "
+      "int hidden_features, str? activation, float scale, float eps, Tensor? attn_mask, Tensor? cu_seq, int longest, "
+      "Tensor(a!)[] key_cache, Tensor(b!)[] value_cache, int past) "
       "-> Tensor");
 
   // The instruction set in use, those that this machine can run (comma separated), and a switch for tests.

@@ -108,12 +108,26 @@ class Layers {
   }
 
   void norm(const void* input, int64_t stride, const void* weight, const void* bias, void* output) {
-    const LayerNormArgs args = {
-        .dtype = s_.dtype, .residual_dtype = s_.dtype, .columns = s_.width, .eps = s_.eps, .dropout = {},
-        .input = input, .residual = nullptr, .input_stride = stride, .residual_stride = 0,
-        .weight = weight, .bias = bias, .output = output, .sum = nullptr, .mean = mean_, .rstd = rstd_,
-    };
+    const LayerNormArgs args = norm_of(input, stride, weight, bias, output);
     add_rows(rows_, s_.width, [=](int64_t begin, int64_t end) { kernels().layer_norm(args, begin, end); });
+  }
+
+  // Logits (sequences, keep, columns) of the last `keep` positions of each sequence: norm, then the product with the head.
+  void logits(const void* input, int64_t stride, const void* weight, const void* bias, int64_t keep,
+              const PackedWeight& head, const void* head_bias, void* output) {
+    const int64_t length = attention_.queries, element = element_bytes(s_.dtype);
+    const LayerNormArgs args = norm_of(input, stride, weight, bias, normed_);
+    add_rows(attention_.sequences, keep * s_.width, [=](int64_t begin, int64_t end) {
+      for (int64_t sequence = begin; sequence < end; ++sequence) {
+        const int64_t row = sequence * keep, from = (sequence + 1) * length - keep;
+        LayerNormArgs mine = args;
+        mine.input = static_cast<const char*>(args.input) + (from - row) * stride * element;
+        kernels().layer_norm(mine, row, row + keep);
+      }
+    });
+    GemmArgs to_logits = linear(head, head_bias, normed_, s_.width, nullptr, 0, output);
+    to_logits.rows = attention_.sequences * keep;
+    product(to_logits);
   }
 
   void* x() const { return x_; }
@@ -127,6 +141,13 @@ class Layers {
                 [=](int64_t task) { f(task * each, std::min(rows, (task + 1) * each)); });
   }
 
+  LayerNormArgs norm_of(const void* input, int64_t stride, const void* weight, const void* bias, void* output) const {
+    return {
+        .dtype = s_.dtype, .residual_dtype = s_.dtype, .columns = s_.width, .eps = s_.eps, .dropout = {},
+        .input = input, .residual = nullptr, .input_stride = stride, .residual_stride = 0,
+        .weight = weight, .bias = bias, .output = output, .sum = nullptr, .mean = mean_, .rstd = rstd_,
+    };
+  }
   GemmArgs linear(const PackedWeight& weight, const void* bias, const void* input, int64_t stride,
                   const void* residual, int64_t residual_stride, void* output) const {
     return {
@@ -240,10 +261,11 @@ std::vector<Part> parts_of(const AttentionArgs& a, int64_t rows) {
 }
 
 Tensor packed_layers(Tensor input, std::vector<Tensor> packed, std::vector<Tensor> vectors,
-                     std::optional<Tensor> final_weight, std::optional<Tensor> final_bias, bool pre_norm,
-                     bool is_causal, int64_t heads, int64_t hidden_features, std::optional<std::string> activation,
-                     double scale, double eps, std::optional<Tensor> attn_mask, std::optional<Tensor> cu_seq,
-                     int64_t longest, std::vector<Tensor> key_cache, std::vector<Tensor> value_cache, int64_t past) {
+                     std::optional<Tensor> final_weight, std::optional<Tensor> final_bias, std::optional<Tensor> head,
+                     std::optional<Tensor> head_bias, int64_t vocabulary, int64_t keep, bool pre_norm, bool is_causal,
+                     int64_t heads, int64_t hidden_features, std::optional<std::string> activation, double scale,
+                     double eps, std::optional<Tensor> attn_mask, std::optional<Tensor> cu_seq, int64_t longest,
+                     std::vector<Tensor> key_cache, std::vector<Tensor> value_cache, int64_t past) {
   constexpr size_t kWeights = 4, kVectors = 10;
   const Rows x = rows_of(input);
   const DType dtype = dtype_of(input);
@@ -262,7 +284,9 @@ Tensor packed_layers(Tensor input, std::vector<Tensor> packed, std::vector<Tenso
                           cache.size(3) == head_dim && cache.size(2) == key_cache[0].size(2),
                       "packed_layers: a cache must be (batch, heads, capacity, head_dim), contiguous, of the input's dtype");
 
-  Tensor output = empty(shape_of(input), input.scalar_type());
+  STD_TORCH_CHECK(!head || (pre_norm && !cu_seq && keep > 0 && keep <= queries),
+                  "packed_layers: a head follows the last layer-norm, and is of `keep` positions of each sequence");
+  Tensor output = empty(head ? std::vector<int64_t>{sequences, keep, vocabulary} : shape_of(input), input.scalar_type());
   if (x.count == 0) return output;
   const int64_t capacity = cached ? key_cache[0].size(2) : 0, part = queries * 3 * width;
   const AttentionArgs attention = {
@@ -297,12 +321,16 @@ Tensor packed_layers(Tensor input, std::vector<Tensor> packed, std::vector<Tenso
 
   const void* weight = final_weight ? read(*final_weight) : nullptr;
   const void* bias = final_bias ? read(*final_bias) : nullptr;
+  const void* logits_bias = head_bias ? read(*head_bias) : nullptr;
+  std::optional<PackedWeight> logits;
+  if (head) logits = packed_weight(*head, vocabulary, width, dtype);
 
   const int64_t element = element_bytes(dtype);
   const auto build = [&](Phases& phases, const Part& part, char* memory) {
     Layers all(phases, shape, attention, part, memory);
     const void* from = static_cast<const char*>(x.data) + part.first_row * x.stride * element;
-    void* const result = static_cast<char*>(output.mutable_data_ptr()) + part.first_row * width * element;
+    const int64_t result_offset = head ? part.first_sequence * keep * vocabulary : part.first_row * width;
+    void* const result = static_cast<char*>(output.mutable_data_ptr()) + result_offset * element;
     int64_t stride = x.stride;
     for (size_t i = 0; i < layers; ++i) {
       Cache cache;
@@ -314,7 +342,10 @@ Tensor packed_layers(Tensor input, std::vector<Tensor> packed, std::vector<Tenso
       all.add(weights[i], biases[i], cached ? &cache : nullptr, past, from, stride, to);
       from = to, stride = width;
     }
-    if (pre_norm) all.norm(from, stride, weight, bias, result);
+    if (head)
+      all.logits(from, stride, weight, bias, keep, *logits, logits_bias, result);
+    else if (pre_norm)
+      all.norm(from, stride, weight, bias, result);
     return all.bytes();
   };
   const std::vector<Part> parts = parts_of(attention, x.count);

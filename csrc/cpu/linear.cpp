@@ -96,82 +96,63 @@ Tensor quantize_weight(Tensor weight) {
   return packed;
 }
 
-constexpr int64_t kSamples = 16;  // of each weight
+// A matrix of some floating type, of which elements are read one by one.
+struct Elements {
+  const char* data;
+  ScalarType type;
+  int64_t rows, columns, row_stride, column_stride;
 
-// The bits of an element in another type: those that packing gives.
-struct Bits {
-  uint64_t bits;
-  bool operator==(const Bits&) const = default;
-};
-template <class T> Bits bits_of(T value) {
-  Bits bits{0};
-  std::memcpy(&bits, &value, sizeof(T));
-  return bits;
-}
-template <class T> T element(const Tensor& tensor, int64_t offset) {
-  return static_cast<const T*>(tensor.const_data_ptr())[offset];
-}
-float widened(const Tensor& tensor, int64_t offset) {
-  if (tensor.scalar_type() == ScalarType::Float) return element<float>(tensor, offset);
-  if (tensor.scalar_type() == ScalarType::BFloat16) return float(element<torch::headeronly::BFloat16>(tensor, offset));
-  return float(element<torch::headeronly::Half>(tensor, offset));
-}
-Bits raw_bits(const Tensor& tensor, int64_t offset) {
-  const size_t bytes = tensor.element_size();
-  Bits bits{0};
-  std::memcpy(&bits, static_cast<const char*>(tensor.const_data_ptr()) + size_t(offset) * bytes, bytes);
-  return bits;
-}
-Bits bits_as(ScalarType type, const Tensor& tensor, int64_t offset) {
-  if (tensor.scalar_type() == ScalarType::Double) return bits_of(element<double>(tensor, offset));
-  const float value = widened(tensor, offset);
-  if (type == ScalarType::BFloat16) return bits_of(torch::headeronly::BFloat16(value).x);
-  if (type == ScalarType::Half) return bits_of(torch::headeronly::Half(value).x);
-  return bits_of(value);
-}
+  explicit Elements(const Tensor& x)
+      : data(static_cast<const char*>(x.const_data_ptr())), type(x.scalar_type()), rows(x.size(0)), columns(x.size(1)),
+        row_stride(x.stride(0)), column_stride(x.stride(1)) {}
 
-// As is_packed, against the samples that were kept at quantization.
-bool is_quantized(std::span<const Tensor> weights, const Tensor& packed) {
-  const int64_t depth = weights.empty() ? 0 : weights[0].size(1);
-  if (packed.size(1) != quantized_panel_bytes(depth)) return false;
-  const int64_t samples = packed.size(1) - kQuantizedColumns * int64_t(sizeof(float));  // offset in a panel
-  const char* kept = static_cast<const char*>(packed.const_data_ptr());
-  int64_t first = 0;
-  for (const Tensor& weight : weights) {
-    const int64_t rows = weight.size(0);
-    if (weight.size(1) != depth || weight.scalar_type() == ScalarType::Double ||
-        first + rows > packed.size(0) * kQuantizedColumns)
-      return false;
-    for (int64_t s = 0; s < kSamples && rows > 0 && depth > 0; ++s) {
-      const int64_t row = rows * s / kSamples, column = first + row;
-      const float value = widened(weight, row * weight.stride(0) + sampled_depth(column, depth) * weight.stride(1));
-      const char* panel = kept + column / kQuantizedColumns * packed.size(1);
-      const char* copy = panel + samples + column % kQuantizedColumns * int64_t(sizeof(float));
-      if (std::memcmp(&value, copy, sizeof(float))) return false;
-    }
-    first += rows;
+  template <class T> T at(int64_t row, int64_t column) const {
+    T value;
+    std::memcpy(&value, data + (row * row_stride + column * column_stride) * int64_t(sizeof(T)), sizeof(T));
+    return value;
   }
-  return true;
+  float widened(int64_t row, int64_t column) const {
+    if (type == ScalarType::Float) return at<float>(row, column);
+    if (type == ScalarType::BFloat16) return float(at<torch::headeronly::BFloat16>(row, column));
+    return float(at<torch::headeronly::Half>(row, column));
+  }
+};
+
+template <class T> bool is_copy(T value, const char* copy) { return std::memcmp(&value, copy, sizeof(T)) == 0; }
+
+// Is `copy`, of type `to`, what packing makes of the element?
+bool is_packed_value(const Elements& weight, int64_t row, int64_t column, ScalarType to, const char* copy) {
+  if (to == ScalarType::Double) return is_copy(weight.at<double>(row, column), copy);
+  const float value = weight.widened(row, column);
+  if (to == ScalarType::BFloat16) return is_copy(torch::headeronly::BFloat16(value), copy);
+  if (to == ScalarType::Half) return is_copy(torch::headeronly::Half(value), copy);
+  return is_copy(value, copy);
 }
 
 // Samples of the weights, which are one after the other the columns of `packed`, against the packed values, bit by bit.
+// Quantized values say too little: beside them are samples of what they were made of.
 bool agrees(std::span<const Tensor> weights, const Tensor& packed) {
+  constexpr int64_t kSamples = 16;  // of each weight
   const ScalarType type = packed.scalar_type();
-  if (type == ScalarType::Char) return is_quantized(weights, packed);
-  const int64_t depth = packed.size(1), width = packed.size(2);
+  const bool quantized = type == ScalarType::Char;
+  const char* panels = static_cast<const char*>(packed.const_data_ptr());
+  const int64_t depth = quantized ? (weights.empty() ? 0 : weights[0].size(1)) : packed.size(1);
+  const int64_t width = quantized ? kQuantizedColumns : packed.size(2);
+  const int64_t bytes = quantized ? 4 : packed.element_size(), columns = packed.size(0) * width;
+  if (quantized && packed.size(1) != quantized_panel_bytes(depth)) return false;
   int64_t first = 0;  // column of the weight's first row
-  for (const Tensor& weight : weights) {
-    const int64_t rows = weight.size(0);
-    const bool is_double = weight.scalar_type() == ScalarType::Double;
-    if (weight.size(1) != depth || first + rows > packed.size(0) * width || is_double != (type == ScalarType::Double))
-      return false;
-    for (int64_t s = 0; s < kSamples && rows > 0 && depth > 0; ++s) {
-      const int64_t row = rows * s / kSamples, k = depth * (7 * s % kSamples) / kSamples, column = first + row;
-      const int64_t copy = (column / width * depth + k) * width + column % width;
-      const Bits value = bits_as(type, weight, row * weight.stride(0) + k * weight.stride(1));
-      if (value != raw_bits(packed, copy)) return false;
+  for (const Tensor& tensor : weights) {
+    const Elements weight(tensor);
+    const bool same_width = (weight.type == ScalarType::Double) == (type == ScalarType::Double);
+    if (weight.columns != depth || first + weight.rows > columns || !same_width) return false;
+    for (int64_t s = 0; s < kSamples && weight.rows > 0 && depth > 0; ++s) {
+      const int64_t row = weight.rows * s / kSamples, column = first + row, panel = column / width, c = column % width;
+      const int64_t k = quantized ? sampled_depth(column, depth) : depth * (7 * s % kSamples) / kSamples;
+      const int64_t copy = quantized ? (panel + 1) * quantized_panel_bytes(depth) - (width - c) * bytes
+                                     : ((panel * depth + k) * width + c) * bytes;
+      if (!is_packed_value(weight, row, k, quantized ? ScalarType::Float : type, panels + copy)) return false;
     }
-    first += rows;
+    first += weight.rows;
   }
   return true;
 }

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, CausalLMOutputWithCrossAttentions
 from transformers.models.gpt2 import modeling_gpt2 as stock
 
 from fastformer.integrations import layers
@@ -44,10 +44,11 @@ class GPT2Model(Fused):
         if self.training:
             drop(self)
         others = token_type_ids, inputs_embeds, encoder_hidden_states, encoder_attention_mask
-        if input_ids is not None and not any(other is not None for other in others) and infers_eagerly():
-            output = self._stacked(input_ids, past_key_values, attention_mask, position_ids, use_cache, kwargs)
+        if input_ids is not None and not any(other is not None for other in others):
+            output = self.stacked(input_ids, past_key_values, attention_mask, position_ids, use_cache, kwargs)
             if output is not None:
-                return output
+                hidden_states, cache = output
+                return BaseModelOutputWithPastAndCrossAttentions(hidden_states, past_key_values=cache)
         request_weights(self, (block.attn for block in self.h), kwargs)
         return super().forward(
             input_ids=input_ids,
@@ -62,7 +63,7 @@ class GPT2Model(Fused):
             **kwargs,
         )
 
-    def _stacked(
+    def stacked(
         self,
         input_ids: Tensor,
         cache: Cache | None,
@@ -70,12 +71,17 @@ class GPT2Model(Fused):
         position_ids: Tensor | None,
         use_cache: bool | None,
         kwargs: dict[str, Any],
-    ) -> BaseModelOutputWithPastAndCrossAttentions | None:
-        """The output by one op for all layers; None for a call that is not the plain one of generation."""
+        head: nn.Module | None = None,
+        keep: int = 0,
+    ) -> tuple[Tensor, Cache | None] | None:
+        """The last hidden states, or what a head makes of the last `keep` of them (0: all), and the cache, by one op.
+        None for a call that is not the plain one of generation."""
+        if not infers_eagerly():
+            return None
         config = self.config
         if any(kwargs.get(name, getattr(config, name, default)) != default for name, default in _PLAIN.items()):
             return None
-        if input_ids.dim() != 2 or is_hooked(self.drop) or is_hooked(self.ln_f) or not isinstance(self.ln_f, Fused):
+        if input_ids.dim() != 2 or input_ids.numel() == 0 or is_hooked(self.drop):
             return None
         self.warn_if_padding_and_no_attention_mask(input_ids, mask)
         use_cache = config.use_cache if use_cache is None else use_cache
@@ -95,17 +101,19 @@ class GPT2Model(Fused):
         if position_ids is None:
             position_ids = torch.arange(past, past + length, device=input_ids.device)[None]
         x = self.wte(input_ids) + self.wpe(position_ids)
-        stack = stack_of(self, self.h, x, is_watched)
-        if stack is None or self.ln_f.eps != stack.settings.eps or self.ln_f.choose(x)[0] is not Path.PACKED:
+        tail = (self.ln_f,) if head is None else (self.ln_f, head)
+        stack = stack_of(self, self.h, x, is_watched, tail)
+        if stack is None:
             return None
         heads = stack.settings.heads
         memory = [layer.reserve(x, (batch, heads, length, x.shape[-1] // heads)) for layer in layers]
         if None in memory or any(layer.get_seq_length() != past for layer in layers):
             return None
-        x = stack.run(x, final_norm=self.ln_f, is_causal=True, mask=mask, caches=memory, past=past)
+        keep = 0 if head is None else min(keep, length) or length
+        x = stack.run(x, keep=keep, is_causal=True, mask=mask, caches=memory, past=past)
         for layer in layers:
             layer.advance(length)
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=x, past_key_values=cache)
+        return x, cache
 
 
 # What a plain call's keyword arguments are, or the config's values of the same names.
@@ -113,6 +121,58 @@ _PLAIN = {
     "output_attentions": False, "output_hidden_states": False, "return_dict": True, "is_causal": True,
     "add_cross_attention": False, "debug_io": False, "cache": None, "position_bias": None, "softcap": None,
 }  # fmt: skip
+
+
+class GPT2LMHeadModel(Fused):
+    """The head in the same op as the layers."""
+
+    @functools.wraps(stock.GPT2LMHeadModel.forward)
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ):
+        model, others = self.transformer, (token_type_ids, inputs_embeds, encoder_hidden_states, encoder_attention_mask)
+        is_plain = input_ids is not None and not any(other is not None for other in (*others, labels))
+        is_plain = is_plain and isinstance(logits_to_keep, int) and logits_to_keep >= 0
+        if is_plain and isinstance(model, GPT2Model) and not is_watched(model):
+            output = model.stacked(
+                input_ids,
+                past_key_values,
+                attention_mask,
+                position_ids,
+                use_cache,
+                kwargs,
+                self.lm_head,
+                logits_to_keep,
+            )
+            if output is not None:
+                logits, cache = output
+                return CausalLMOutputWithCrossAttentions(logits=logits, past_key_values=cache)
+        return super().forward(
+            input_ids=input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
 
 
 class GPT2Attention(layers.GptAttention):
@@ -182,6 +242,7 @@ class GPT2Block(layers.GptBlock):
 
 SWAPS.update(
     {
+        stock.GPT2LMHeadModel: fuse(stock.GPT2LMHeadModel, GPT2LMHeadModel),
         stock.GPT2Model: fuse(stock.GPT2Model, GPT2Model),
         stock.GPT2Attention: fuse(stock.GPT2Attention, GPT2Attention),
         stock.GPT2Block: fuse(stock.GPT2Block, GPT2Block),

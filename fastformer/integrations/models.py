@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastformer.integrations import layers
 from fastformer.integrations.fused import CHILDREN, SWAPS, Fused, Path, fuse
-from fastformer.integrations.stacks import stack_of
+from fastformer.integrations.stacks import infers_eagerly, stack_of
 from fastformer.models import bert, gpt
 from fastformer.models.generation import KeyValue, KeyValueCache, LayerCache
 from fastformer.packing import is_hooked
@@ -88,15 +88,19 @@ class GptModel(Fused):
         return super().decode(hidden_states, mask, past, use_cache) if output is None else output
 
     def decode_stacked(
-        self, hidden_states: Tensor, mask: Tensor | None, past: gpt.Past | None, use_cache: bool
+        self,
+        hidden_states: Tensor,
+        mask: Tensor | None,
+        past: gpt.Past | None,
+        use_cache: bool,
+        head: nn.Module | None = None,
+        keep: int = 0,
     ) -> gpt.GptModelOutput | None:
-        """In one op for all layers; None where they have to be called one by one."""
-        if is_hooked(self.ln_f) or not isinstance(self.ln_f, Fused):
-            return None
-        stack = stack_of(self, self.h, hidden_states)
-        if stack is None or self.ln_f.eps != stack.settings.eps:
-            return None
-        if self.ln_f.choose(hidden_states)[0] is not Path.PACKED:
+        """In one op for all layers, with what a head makes of the last `keep` positions (0: all) in place of the hidden
+        states; None where the modules have to be called one by one."""
+        tail = (self.ln_f,) if head is None else (self.ln_f, head)
+        stack = stack_of(self, self.h, hidden_states, tail=tail)
+        if stack is None:
             return None
         (batch, length, width), heads = hidden_states.shape, stack.settings.heads
         cache = past if isinstance(past, KeyValueCache) else None
@@ -108,9 +112,9 @@ class GptModel(Fused):
         memory = [layer.reserve(hidden_states, batch, heads, length, width // heads) for layer in layers]
         if mask is not None and mask.all():
             mask = None
-        hidden_states = stack.run(
+        output = stack.run(
             hidden_states,
-            final_norm=self.ln_f,
+            keep=0 if head is None else min(keep, length) or length,
             is_causal=True,
             mask=mask,
             caches=memory,
@@ -119,8 +123,33 @@ class GptModel(Fused):
         for layer in layers:
             layer.length += length
         if not use_cache:
-            return gpt.GptModelOutput(hidden_states, None)
-        return gpt.GptModelOutput(hidden_states, cache if cache is past else [layer.memory for layer in layers])
+            return gpt.GptModelOutput(output, None)
+        return gpt.GptModelOutput(output, cache if cache is past else [layer.memory for layer in layers])
+
+
+class GptLMHeadModel(Fused):
+    """The head in the same op as the layers."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: gpt.Past | None = None,
+        use_cache: bool = False,
+        labels: Tensor | None = None,
+        logits_to_keep: int = 0,
+    ) -> gpt.GptLMHeadOutput:
+        model = self.transformer
+        if labels is None and logits_to_keep >= 0 and infers_eagerly() and isinstance(model, GptModel):
+            if not is_hooked(model):
+                embedded = model.embed(input_ids, attention_mask, position_ids, past_key_values)
+                output = model.decode_stacked(*embedded, past_key_values, use_cache, self.lm_head, logits_to_keep)
+                if output is not None:
+                    return gpt.GptLMHeadOutput(None, *output)
+        return super().forward(
+            input_ids, attention_mask, position_ids, past_key_values, use_cache, labels, logits_to_keep
+        )
 
 
 def _copied(past: list[KeyValue] | None, num_layers: int, new: Tensor, heads: int) -> KeyValueCache | None:
@@ -143,6 +172,7 @@ SWAPS.update(
         bert.BertOutput: BertOutput,
         bert.BertLayer: fuse(bert.BertLayer, BertLayer),
         bert.BertPredictionHeadTransform: fuse(bert.BertPredictionHeadTransform, layers.BertPredictionHeadTransform),
+        gpt.GptLMHeadModel: fuse(gpt.GptLMHeadModel, GptLMHeadModel),
         gpt.GptModel: fuse(gpt.GptModel, GptModel),
         gpt.GptAttention: fuse(gpt.GptAttention, GptAttention),
         gpt.GptBlock: fuse(gpt.GptBlock, GptBlock),

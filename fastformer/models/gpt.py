@@ -200,21 +200,27 @@ class GptModel(GptPretrainedModel):
                 KeyValueCache where gradients are needed.
             TypeError: an attention_mask in floating point, as if it were to be added.
         """
-        in_place = isinstance(past_key_values, KeyValueCache)
-        layers = past_key_values.layers if in_place else past_key_values
+        hidden_states, mask = self.embed(input_ids, attention_mask, position_ids, past_key_values)
+        return self.decode(hidden_states, mask, past_key_values, use_cache)
+
+    def embed(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, past: Past | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What `decode` takes: embedded tokens (B, S, H * D) and a mask (B, 1, 1, K) or None."""
+        in_place = isinstance(past, KeyValueCache)
+        layers = past.layers if in_place else past
         if layers is not None and len(layers) != len(self.h):
             raise ValueError(f"past_key_values must have {len(self.h)} layers, got {len(layers)}")
-        past_length = past_key_values.length if in_place else layers[0][0].size(2) if layers else 0
+        past_length = past.length if in_place else layers[0][0].size(2) if layers else 0
         check_input_ids(input_ids, past_length, self.config.n_positions)
         batch, length = input_ids.shape
         mask = padding_mask(attention_mask, batch, past_length + length)
         if position_ids is None:
             position_ids = torch.arange(past_length, past_length + length, device=input_ids.device)
-        hidden_states = self.drop(self.wte(input_ids) + self.wpe(position_ids))
-        return self.decode(hidden_states, mask, past_key_values, use_cache)
+        return self.drop(self.wte(input_ids) + self.wpe(position_ids)), mask
 
     def decode(self, hidden_states: Tensor, mask: Tensor | None, past: Past | None, use_cache: bool) -> GptModelOutput:
-        """The layers and the last layer-norm, of embedded tokens (B, S, H * D) and a mask (B, 1, 1, K) or None."""
+        """The layers and the last layer-norm."""
         in_place, presents = isinstance(past, KeyValueCache), []
         layers = (past.layers if in_place else past) or [None] * len(self.h)
         for block, layer in zip(self.h, layers, strict=True):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import fastformer
-from fastformer import library
+from fastformer import library, packing
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="needs the op library")
 
@@ -388,6 +388,87 @@ def test_what_stands_around_the_layers(stacked, change, late):
         assert stacked(model) == 1
     change(model)
     assert stacked(model) == 0
+
+
+def replace_head(model: nn.Module) -> None:
+    model.lm_head = nn.Linear(48, 60, bias=True).eval()
+
+
+HEADS: Changes = {  # what leaves the head out of the op, if not the layers
+    "hook": lambda m: m.lm_head.register_forward_hook(bend_output),
+    "own forward": lambda m: with_own_forward(m.lm_head),
+    "another module": lambda m: setattr(m, "lm_head", Bent(48, 60, bias=False).eval()),
+    "a linear that is not swapped": replace_head,
+}
+
+
+@pytest.mark.parametrize("make", [gpt2, MODELS["reference gpt"]], ids=["gpt2", "reference gpt"])
+class TestHeads:
+    @pytest.fixture
+    def ops(self, recorder):
+        def of(model: nn.Module, **inputs) -> tuple[int, int]:
+            """How often all layers, and products on their own, ran."""
+            before = recorder.names()
+            with recorder, torch.no_grad():
+                model(ids(), **inputs)
+            names = recorder.names()[len(before) :]
+            return names.count("fastformer_cpu::packed_layers"), names.count("fastformer_cpu::packed_linear")
+
+        return of
+
+    @pytest.mark.parametrize("keep", [0, 1, 4, S, S + 3])
+    def test_in_the_same_op(self, make, ops, keep):
+        model = fastformer.accelerate(make())
+        assert ops(model, logits_to_keep=keep) == (1, 0)
+        output = logits(model, logits_to_keep=keep)
+        with fastformer.backend("torch"):
+            expected = logits(model, logits_to_keep=keep)
+        assert output.shape == expected.shape
+        torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-4)
+
+    @pytest.mark.parametrize("change", HEADS)
+    @pytest.mark.parametrize("late", [False, True])
+    def test_heads_that_must_be_called(self, make, ops, stacked, change, late):
+        model = fastformer.accelerate(make())
+        if late:
+            assert ops(model) == (1, 0)
+        before = logits(model)
+        HEADS[change](model)
+        assert stacked(model) == 1 and ops(model) == (1, change in ("hook", "own forward"))
+        assert not torch.allclose(logits(model), before, atol=1e-3)
+
+    def test_the_model_without_its_head(self, make, ops):
+        """One stack serves both, whichever is asked for first."""
+        model = fastformer.accelerate(make())
+        assert ops(model.transformer) == (1, 0)
+        assert ops(model) == (1, 0)
+        both = packing.kept(model.transformer)
+        assert ops(model.transformer) == ops(model) == (1, 0) and packing.kept(model.transformer) is both
+        handle = model.transformer.register_forward_hook(lambda *args: None)
+        assert ops(model) == (1, 1)  # the hook is to be called
+        handle.remove()
+        assert ops(model) == (1, 0)
+
+    def test_tied_weights_stay_tied(self, make, ops):
+        model = fastformer.accelerate(make())
+        embedding = model.transformer.wte.weight
+        assert ops(model) == (1, 0) and model.lm_head.weight is embedding
+        with torch.no_grad():
+            embedding.mul_(2)
+        with fastformer.backend("torch"):
+            expected = logits(model)
+        torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-4)
+        assert ops(model) == (1, 0)
+
+
+def test_labels_and_chosen_logits(stacked):
+    """Of GPT-2: a loss, and the positions that a tensor names, come from the head on its own."""
+    model = fastformer.accelerate(gpt2())
+    assert stacked(model, labels=ids()) == stacked(model, logits_to_keep=torch.tensor([3, 1])) == 1
+    with torch.no_grad():
+        loss = model(ids(), labels=ids()).loss
+        with fastformer.backend("torch"):
+            torch.testing.assert_close(loss, model(ids(), labels=ids()).loss, atol=1e-5, rtol=1e-4)
 
 
 def test_warning_of_padding_without_a_mask(caplog):

@@ -169,7 +169,7 @@ def test_one_op_a_token(both, recorder, num_beams):
     with recorder:
         model.generate(prompts(), left_padding(), max_new_tokens=7, num_beams=num_beams)
     names = recorder.names()
-    assert names.count("fastformer_cpu::packed_layers") == 7 and names.count("fastformer_cpu::packed_linear") == 7
+    assert names.count("fastformer_cpu::packed_layers") == 7 and "fastformer_cpu::packed_linear" not in names
     assert "fastformer_cpu::scaled_dot_product_attention" not in names
     heads = [args for func, args in recorder.calls if func.name() == "fastformer_cpu::packed_linear"]
     assert all(args[0].shape[1] == 1 for args in heads)  # logits of the last position alone

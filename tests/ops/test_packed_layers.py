@@ -80,14 +80,14 @@ def run_eagerly(
     return x
 
 
-def pack(layers: list[Layer], panels: str | None = None) -> list[Tensor]:
-    def one(matrix: Tensor) -> Tensor:
-        if panels == "int8":
-            return raw.quantize_weight(matrix)
-        dtype = getattr(torch, panels) if panels else None
-        return raw.pack_weight(matrix, dtype)
+def pack_one(matrix: Tensor, panels: str | None) -> Tensor:
+    if panels == "int8":
+        return raw.quantize_weight(matrix)
+    return raw.pack_weight(matrix, getattr(torch, panels) if panels else None)
 
-    return [one(layer[name]) for layer in layers for name in MATRICES]
+
+def pack(layers: list[Layer], panels: str | None = None) -> list[Tensor]:
+    return [pack_one(layer[name], panels) for layer in layers for name in MATRICES]
 
 
 def vectors(layers: list[Layer]) -> list[Tensor]:
@@ -116,11 +116,15 @@ def run_packed(
     longest: int = 0,
     caches: tuple[list[Tensor], list[Tensor]] = ((), ()),
     past: int = 0,
+    head: tuple[Tensor, Tensor | None] | None = None,
+    keep: int = 0,
 ) -> Tensor:
+    """head: weight (vocabulary, E) and bias."""
     scale = (x.shape[-1] // heads) ** -0.5 if scale is None else scale
+    to_logits = (None, None, 0) if head is None else (pack_one(head[0], panels), head[1], head[0].shape[0])
     return raw.packed_layers(
-        x, pack(layers, panels), vectors(layers), *final, pre_norm, is_causal, heads, layers[0]["hidden"].shape[0],
-        activation, scale, EPS, mask, cu_seq, longest, *caches, past,
+        x, pack(layers, panels), vectors(layers), *final, *to_logits, keep, pre_norm, is_causal, heads,
+        layers[0]["hidden"].shape[0], activation, scale, EPS, mask, cu_seq, longest, *caches, past,
     )  # fmt: skip
 
 
@@ -331,6 +335,21 @@ def test_threads_give_the_same_bits(isa, dtype, panels):
         assert all(x.view(torch.uint8).equal(y.view(torch.uint8)) for x, y in zip(output, outputs[0], strict=True))
 
 
+@pytest.mark.parametrize("panels", [None, "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_head(isa, threads, dtype, panels, bias):
+    """What the product of the hidden states with the head is, bit by bit, at the last positions of each sequence."""
+    layers, final = make_layers(dtype=dtype), final_of(make_layers(dtype=dtype), True)
+    head = randn(131, 48, dtype=dtype), randn(131, dtype=dtype) if bias else None
+    for batch, length, keep in ((1, 1, 1), (3, 7, 1), (3, 7, 4), (2, 5, 5), (9, 70, 2)):
+        x = randn(batch, length, 48, dtype=dtype)
+        given = dict(pre_norm=True, final=final, is_causal=True, panels=panels)
+        hidden_states = run_packed(x, layers, 3, **given)[:, -keep:].contiguous()
+        expected = raw.packed_linear(hidden_states, pack_one(head[0], panels), 131, head[1], None, None)
+        assert torch.equal(run_packed(x, layers, 3, head=head, keep=keep, **given), expected)
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_biases_and_norms_without_weights(isa, dtype):
     """Each may be missing, and those of query, key and value may be three; vectors may have any dtype and strides."""
@@ -340,7 +359,7 @@ def test_biases_and_norms_without_weights(isa, dtype):
         three[10 * i + 2 : 10 * i + 5] = layers[i]["qkv_bias"].chunk(3)
     apart = [v[:, None].expand(-1, 2).contiguous()[:, 0] if v.numel() else v for v in three]
     wide = [v.double() for v in three]
-    arguments = (None, None, False, False, 3, 80, "gelu", 0.25, EPS, None, None, 0, [], [], 0)
+    arguments = (None, None, None, None, 0, 0, False, False, 3, 80, "gelu", 0.25, EPS, None, None, 0, [], [], 0)
     expected = run_packed(x, layers, 3, pre_norm=False)
     for given in (three, apart, wide):
         assert torch.equal(raw.packed_layers(x, pack(layers), given, *arguments), expected)
@@ -375,8 +394,9 @@ class TestWrongArguments:
 
     @staticmethod
     def run(x, packed, vectors, keys=(), values=(), past=0):
+        shared = 3, 80, "gelu", 0.25, EPS, None, None, 0
         return raw.packed_layers(
-            x, packed, vectors, None, None, True, True, 3, 80, "gelu", 0.25, EPS, None, None, 0, keys, values, past
+            x, packed, vectors, None, None, None, None, 0, 0, True, True, *shared, keys, values, past
         )
 
     def test_numbers_of_weights(self, given):
@@ -409,6 +429,15 @@ class TestWrongArguments:
                 self.run(x, pack(layers), vectors(layers), keys, right[1])
         with pytest.raises(RuntimeError, match="a cache must be"):
             self.run(x, pack(layers), vectors(layers), *right, past=60)
+
+    def test_heads(self, given):
+        layers, x = given
+        head = randn(131, 48), None
+        for wrong in (dict(keep=0), dict(keep=6), dict(keep=1, pre_norm=False)):
+            with pytest.raises(RuntimeError, match="a head follows the last layer-norm"):
+                run_packed(x, layers, 3, head=head, **{"pre_norm": True, **wrong})
+        with pytest.raises(RuntimeError, match="pack it again"):
+            run_packed(x, layers, 3, head=(randn(131, 50), None), keep=1, pre_norm=True)
 
     def test_packed_for_other_sizes(self, given):
         layers, x = given

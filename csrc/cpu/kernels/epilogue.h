@@ -1,4 +1,4 @@
-// What a matrix product does with its sums before it stores them.
+// What matrix products share: what they do with their sums before they store them, and what they prefetch.
 #pragma once
 
 #include "lanes.h"
@@ -6,6 +6,8 @@
 #include "vecmath.h"
 
 namespace fastformer::FASTFORMER_ISA {
+
+constexpr int64_t kAhead = 4096;  // bytes of b that come into L2 before a few rows, which wait for memory, read them
 
 // One row of a panel: acc (compute type) to the output.
 template <class T, Activation ACTIVATION>

@@ -112,7 +112,7 @@ static void row_tile(int rows, int64_t depth, const S* a, int64_t lda, const B* 
     default: return tile.template operator()<6>();
   }
 }
-// Few rows wait for memory: then every line is asked for, a block ahead.
+// Few rows wait for memory: then every line is asked for.
 template <class S, class B, bool ACCUMULATE> static auto* row_tile_for(int64_t step) {
   if (step > 128) return row_tile<S, B, ACCUMULATE, 4>;
   return step > 64 ? row_tile<S, B, ACCUMULATE, 2> : row_tile<S, B, ACCUMULATE, 1>;
@@ -128,7 +128,7 @@ FF_INLINE void panel_product(int64_t rows, int64_t k0, int64_t k1, const S* a, i
   const auto steps = [&]<class Block>(const Block* block, int64_t k, int64_t depth) {
     const int64_t share = depth * kW * int64_t(sizeof(B)) / tiles / 64 * 64;  // of the next block for each tile
     const int64_t step = depth ? share / depth : 0;
-    const char* next = (const char*)(b + (k + depth) * kW);
+    const char* next = tiles > 1 ? (const char*)(b + (k + depth) * kW) : (const char*)(b + k * kW) + kAhead;
     auto* tile = k ? row_tile_for<S, Block, true>(step) : row_tile_for<S, Block, false>(step);
     const bool last = k + depth >= k1;
     for (int64_t t = 0; t < tiles; ++t) {

@@ -113,8 +113,9 @@ struct Prefetch {
 
 // panel_product(rows, depth, a, stride, b, sums, add, next): sums (rows, kQuantizedColumns) = or += a b for `depth` values
 // of each row, `stride` bytes apart; up to kQuantizedRowTile - 1 more rows of a are read and of sums written. `next` is the
-// part of the panels that comes after. BLOCK: the depths at a time, so that what is read again and again of b stays in L1.
-template <int64_t BLOCK, class Product>
+// part of the panels that comes after. BLOCK: the depths at a time, so that what is read again and again of b stays in L1;
+// up to FEW rows read it once.
+template <int64_t BLOCK, int64_t FEW, class Product>
 static void product(const GemmArgs& g, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end,
                     void* scratch, Product panel_product) {
   constexpr int64_t kW = kQuantizedColumns;
@@ -130,8 +131,9 @@ static void product(const GemmArgs& g, int64_t row_begin, int64_t row_end, int64
           const int8_t* b = (const int8_t*)g.b + p * bytes;
           const int width = int(min(kW, g.columns - p * kW));
           if (depth == 0) memset((void*)sums, 0, size_t(m1 - m0) * kW * sizeof(int32_t));
-          for (int64_t k = 0; k < depth; k += BLOCK) {
-            const int64_t end = min(depth, k + BLOCK);
+          const int64_t step = m1 - m0 <= FEW ? depth : BLOCK;
+          for (int64_t k = 0; k < depth; k += step) {
+            const int64_t end = min(depth, k + step);
             if (end == depth) prefetch_output<T>(g, m0, min(m1, m0 + 8), p * kW, width);
             panel_product(m1 - m0, end - k, g.quantized.values + m0 * depth + k, depth, b + k * kW, sums, k > 0,
                           (const char*)b + end * kW);
@@ -244,12 +246,14 @@ static void pairs_product(int64_t rows, int64_t depth, const uint8_t* a, int64_t
 
 void quantized_gemm(const GemmArgs& g, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end,
                     void* scratch) {
-  product<kPairsDepth>(g, row_begin, row_end, panel_begin, panel_end, scratch, pairs_product);
+  product<kPairsDepth, 0>(g, row_begin, row_end, panel_begin, panel_end, scratch, pairs_product);
 }
 
 #if defined(__AVX512F__)
 
 // ---- VNNI: four products of 8 bits are added to 32 bits by one instruction ----
+
+constexpr int kVnniRows = 6;
 
 // As assembly, or gcc 12 moves the accumulators about.
 FF_INLINE void vpdpbusd(Vec<int32_t>& acc, Vec<int32_t> a, Vec<int32_t> b) {
@@ -292,7 +296,8 @@ static void vnni_tile(int64_t depth, const uint8_t* a, int64_t stride, const int
 
 static void vnni_product(int64_t rows, int64_t depth, const uint8_t* a, int64_t stride, const int8_t* b, int32_t* sums,
                          bool add, const char* next) {
-  const int64_t tiles = (rows + 5) / 6, steps = tiles * depth / 4;
+  const int64_t tiles = (rows + kVnniRows - 1) / kVnniRows, steps = tiles * depth / 4;
+  if (tiles == 1) next = (const char*)b + kAhead;
   const int64_t step = (depth * kQuantizedColumns / steps + 63) / 64 * 64;
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t i = rows * t / tiles, end = rows * (t + 1) / tiles;
@@ -312,7 +317,7 @@ static void vnni_product(int64_t rows, int64_t depth, const uint8_t* a, int64_t 
 
 void quantized_gemm_vnni(const GemmArgs& g, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end,
                          void* scratch) {
-  product<512>(g, row_begin, row_end, panel_begin, panel_end, scratch, vnni_product);
+  product<512, kVnniRows>(g, row_begin, row_end, panel_begin, panel_end, scratch, vnni_product);
 }
 
 // ---- AMX: tiles of 16 rows of 64 bytes; one instruction multiplies 16 x 64 by 64 x 16 values ----
@@ -366,6 +371,7 @@ static void amx_tile(int64_t depth, const uint8_t* a, int64_t stride, const int8
 
 static void amx_product(int64_t rows, int64_t depth, const uint8_t* a, int64_t stride, const int8_t* b, int32_t* sums,
                         bool add, const char* next) {
+  if (rows <= kVnniRows) return vnni_product(rows, depth, a, stride, b, sums, add, next);
   const int64_t tiles = (rows + kQuantizedRowTile - 1) / kQuantizedRowTile, steps = 2 * tiles * depth / 64;
   const int64_t step = (depth * kQuantizedColumns / steps + 63) / 64 * 64;
   Prefetch prefetch{next, step};
@@ -385,7 +391,8 @@ __attribute__((target("amx-tile"))) void quantized_gemm_amx(const GemmArgs& g, i
                                                             int64_t panel_begin, int64_t panel_end, void* scratch) {
   const TileConfig config;
   _tile_loadconfig(&config);
-  product<1024>(g, row_begin, row_end, panel_begin, panel_end, scratch, amx_product);  // one half of a panel at a time
+  // one half of a panel at a time
+  product<1024, kVnniRows>(g, row_begin, row_end, panel_begin, panel_end, scratch, amx_product);
   _tile_release();
 }
 
