@@ -1,7 +1,7 @@
 // Attention: which thread does what.
 #pragma once
 
-#include "common.h"
+#include "phases.h"
 
 namespace fastformer {
 
@@ -32,28 +32,71 @@ struct PairTasks {
   }
 };
 
-// The forward.
-class AttentionTasks {
+// The forward, as phases.
+class AttentionForward {
  public:
-  AttentionTasks(const AttentionArgs& args, int64_t threads) : args_(args), tasks_(tasks_of(args, threads)) {}
+  AttentionForward(const AttentionArgs& args, int64_t threads)
+      : args_(args), parts_(parts_of(args)), tasks_(tasks_of(args, threads)) {}
 
-  int64_t count() const { return tasks_.count; }
-  int64_t bytes() const { return kernels().attention_scratch_bytes(args_); }
-  void operator()(int64_t task) const {
-    tasks_.run(task, [&](int64_t begin, int64_t end, int64_t split) {
-      kernels().attention(args_, begin, end, split, tasks_.splits, scratch(bytes()));
+  // of memory that the threads share
+  int64_t bytes() const { return parts_ == 1 ? 0 : parts_ * rows() * (args_.value_dim + 1) * compute(); }
+
+  void add_to(Phases& phases, char* memory) const {
+    const int64_t scratch_bytes = kernels().attention_scratch_bytes(args_);
+    const auto run = [tasks = tasks_, scratch_bytes](const AttentionArgs& args, int64_t task) {
+      tasks.run(task, [&](int64_t begin, int64_t end, int64_t split) {
+        kernels().attention(args, begin, end, split, tasks.splits, scratch(scratch_bytes));
+      });
+    };
+    if (parts_ == 1) return phases.add(tasks_.count, scratch_bytes, [=, args = args_](int64_t task) { run(args, task); });
+
+    char* lses = memory + parts_ * rows() * args_.value_dim * compute();
+    phases.add(parts_ * tasks_.count, scratch_bytes, [=, self = *this](int64_t task) {
+      run(self.part(task / self.tasks_.count, memory, lses), task % self.tasks_.count);
+    });
+    const AttentionMergeArgs merge = {args_, parts_, memory, lses};
+    constexpr int64_t kRows = 16;  // of a task
+    phases.add((rows() + kRows - 1) / kRows, 0, [=, rows = rows()](int64_t task) {
+      kernels().attention_merge(merge, task * kRows, std::min(rows, (task + 1) * kRows));
     });
   }
 
  private:
+  static constexpr int64_t kKeys = 512;  // of a part
+
+  // One query of many keys waits for their memory, and its heads may be few. Whatever the threads and the batch are, so that
+  // they don't change the result.
+  static int64_t parts_of(const AttentionArgs& a) {
+    const bool sees_all = !a.is_causal && a.window_left < 0 && !a.cu_seq_k && !a.dropout.threshold;
+    return a.queries == 1 && sees_all && a.value_dim > 0 ? std::max<int64_t>(1, (a.keys + kKeys - 1) / kKeys) : 1;
+  }
   static PairTasks tasks_of(const AttentionArgs& a, int64_t threads) {
     const int64_t pairs = a.sequences * a.kv_heads;
     threads = threads_for(a, threads);
     const bool whole = threads == 1 || pairs >= 4 * threads || pairs % threads == 0;
     return {pairs, whole ? 1 : shares(pairs, threads, a.heads / a.kv_heads * a.queries), threads};
   }
+  int64_t rows() const { return args_.sequences * args_.heads; }
+  int64_t compute() const { return compute_bytes(args_.dtype); }
+
+  AttentionArgs part(int64_t index, char* outputs, char* lses) const {
+    AttentionArgs a = args_;
+    const int64_t first = index * kKeys;
+    const auto skip = [&](const void* data, int64_t elements, int64_t bytes) -> const void* {
+      return data ? static_cast<const char*>(data) + first * elements * bytes : nullptr;
+    };
+    a.keys = std::min(kKeys, args_.keys - first);
+    a.key.data = skip(a.key.data, a.key.row, element_bytes(a.dtype));
+    a.value.data = skip(a.value.data, a.value.row, element_bytes(a.dtype));
+    a.mask.data = skip(a.mask.data, a.mask.key, a.mask.is_bool ? 1 : compute());
+    a.output = {outputs + index * rows() * a.value_dim * compute(), a.heads * a.value_dim, a.value_dim, a.value_dim};
+    a.lse = {lses + index * rows() * compute(), a.heads, 1, 1};
+    a.output_is_compute_type = true;
+    return a;
+  }
 
   AttentionArgs args_;
+  int64_t parts_;
   PairTasks tasks_;
 };
 

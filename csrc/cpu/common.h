@@ -24,6 +24,7 @@ inline DType dtype_of(const Tensor& tensor) { return dtype_of(tensor.scalar_type
 // The type that the kernels compute in.
 inline ScalarType compute_type(DType dtype) { return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
 inline int64_t compute_bytes(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
+inline int64_t element_bytes(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 // A new contiguous tensor.
 inline Tensor empty(const std::vector<int64_t>& shape, ScalarType type) {

@@ -49,8 +49,6 @@ struct Shape {
 
 constexpr int64_t kKeptBytes = 64 << 20;  // of the arena: new memory for each call would cost a page fault for every 4 KiB
 
-int64_t element_bytes(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
-
 // Sequences, and the rows that they are.
 struct Part {
   int64_t first_sequence, sequences, first_row, rows;
@@ -69,7 +67,7 @@ class Layers {
     mean_ = arena_.take(rows_ * compute);
     rstd_ = arena_.take(rows_ * compute);
     char* lse = arena_.take(rows_ * s_.heads * compute);
-    products_ = memory + arena_.taken();
+    work_ = memory + arena_.taken();
 
     AttentionArgs& a = attention_;
     a.sequences = part.sequences;
@@ -131,7 +129,7 @@ class Layers {
   }
 
   void* x() const { return x_; }
-  int64_t bytes() const { return arena_.taken() + products_bytes_; }
+  int64_t bytes() const { return arena_.taken() + work_bytes_; }
 
  private:
   // f(begin, end) over rows, in tasks of some 16K elements.
@@ -158,16 +156,16 @@ class Layers {
     };
   }
   void product(const GemmArgs& args) {
-    products_bytes_ = std::max(products_bytes_, quantized_bytes(args));
-    add_gemm(phases_, args, products_);
+    work_bytes_ = std::max(work_bytes_, quantized_bytes(args));
+    add_gemm(phases_, args, work_);
   }
   void feed_forward(const Weights& w, const Vectors& v, const void* input, const void* residual, void* output) {
     GemmArgs first = linear(w.hidden, v.hidden_bias, input, s_.width, nullptr, 0, nullptr);
     first.activation = s_.activation;
     FeedForward products(first, linear(w.output, v.output_bias, nullptr, 0, residual, s_.width, output),
                          phases_.threads());
-    products_bytes_ = std::max(products_bytes_, products.bytes());
-    products.add_to(phases_, products_);
+    work_bytes_ = std::max(work_bytes_, products.bytes());
+    products.add_to(phases_, work_);
   }
 
   // The new keys and values go behind the `past` ones of the cache, (sequences, heads, capacity, head_dim).
@@ -194,8 +192,9 @@ class Layers {
     const char* qkv = static_cast<const char*>(args.query.data);
     args.key.data = cache ? cache->keys : qkv + part;
     args.value.data = cache ? cache->values : qkv + 2 * part;
-    const AttentionTasks tasks(args, phases_.threads());
-    phases_.add(tasks.count(), tasks.bytes(), tasks);
+    const AttentionForward forward(args, phases_.threads());
+    work_bytes_ = std::max(work_bytes_, forward.bytes());
+    forward.add_to(phases_, work_);
   }
 
   Phases& phases_;
@@ -203,8 +202,8 @@ class Layers {
   AttentionArgs attention_;
   const int64_t rows_;
   Arena arena_;
-  char *x_, *normed_, *qkv_, *context_, *mean_, *rstd_, *products_;
-  int64_t products_bytes_ = 0;
+  char *x_, *normed_, *qkv_, *context_, *mean_, *rstd_, *work_;
+  int64_t work_bytes_ = 0;
 };
 
 // Contiguous and in the compute type; what is neither is copied, and kept.

@@ -48,8 +48,11 @@ Tensor check_cu_seq(const Tensor& cu_seq, int64_t total, int64_t longest, const 
 }
 
 void forward(const AttentionArgs& args) {
-  const AttentionTasks tasks(args, torch::stable::get_num_threads());
-  parallel_tasks(tasks.count(), tasks);
+  Phases phases(torch::stable::get_num_threads());
+  const AttentionForward attention(args, phases.threads());
+  const Tensor memory = empty({attention.bytes()}, ScalarType::Byte);
+  attention.add_to(phases, static_cast<char*>(memory.mutable_data_ptr()));
+  phases.run();
 }
 
 void backward(const AttentionBackwardArgs& b) {

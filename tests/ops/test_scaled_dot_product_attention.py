@@ -3,7 +3,7 @@ from functools import partial
 import eager
 import pytest
 import torch
-from accuracy import assert_op_close, assert_strides_do_not_matter
+from accuracy import assert_close_to_reference, assert_op_close, assert_strides_do_not_matter
 from attention import SK, SQ, B, H, assert_attention_close, dense, small, tensors
 from hypothesis import given
 from hypothesis import strategies as st
@@ -49,6 +49,57 @@ def test_instruction_sets(isa, dtype):
     given = tensors(2, 4, 40, 70, 33, 33, dtype, kv_heads=2)
     mask = torch.rand(2, 1, 1, 70) < 0.7
     assert_attention_close(given, mask, window_size=(50, 60), dropout_p=0.2)
+
+
+@pytest.mark.cpu_only
+class TestOneQueryOfManyKeys:
+    """Their memory is what it waits for: the keys may be cut into parts, whose results are merged."""
+
+    @pytest.mark.parametrize("keys", [512, 513, 1100])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_accuracy(self, isa, dtype, keys):
+        cases = (4, (-1, -1), (2, 1, 1)), (2, (-1, 0), (1, 4, 1)), (4, (700, 0), (2, 4, 1))
+        for kv_heads, window_size, shape in cases:
+            given = tensors(2, 4, 1, keys, 16, 24, dtype, kv_heads=kv_heads)
+            for mask in (None, torch.rand(*shape, keys) < 0.7):
+                output = ops.scaled_dot_product_attention(
+                    **given, attn_mask=mask, window_size=window_size, enable_gqa=True
+                )
+                whole, doubles = (
+                    dense(mask, False, window_size, 1, keys),
+                    {name: x.double() for name, x in given.items()},
+                )
+                expected = (eager.scaled_dot_product_attention(**x, mask=whole) for x in (given, doubles))
+                assert_close_to_reference(output, *expected)
+
+    @pytest.mark.parametrize("dtype", FLOATS)
+    def test_keys_that_are_masked_change_nothing(self, dtype):
+        """As many as make parts of their own; and where none is left the output is 0."""
+        query, key, value = randn(2, 3, 1, 8, dtype=dtype), *(randn(2, 3, 1300, 8, dtype=dtype) for _ in range(2))
+        keep = torch.zeros(2, 1, 1, 1300, dtype=torch.bool)
+        keep[0, ..., :600] = True
+        for mask in (keep, torch.zeros(keep.shape).masked_fill(~keep, -torch.inf)):
+            output = ops.scaled_dot_product_attention(query, key, value, mask)
+            alone = ops.scaled_dot_product_attention(query[:1], key[:1, :, :600], value[:1, :, :600])
+            assert torch.equal(output[:1], alone) and not output[1].any()
+
+    @pytest.mark.parametrize("dtype", FLOATS)
+    def test_threads_and_batches_give_the_same_bits(self, dtype):
+        given = [randn(3, 2, n, 8, dtype=dtype) for n in (1, 1300, 1300)]
+        outputs = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            outputs.append(ops.scaled_dot_product_attention(*given))
+        assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+        for i in range(3):
+            assert torch.equal(ops.scaled_dot_product_attention(*(x[i : i + 1] for x in given)), outputs[0][i : i + 1])
+
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+    def test_bad_values_are_not_lost(self, bad):
+        query, key, value = randn(1, 1, 1, 8), randn(1, 1, 1300, 8), randn(1, 1, 1300, 8)
+        key[..., 600, :] = bad
+        expected = eager.scaled_dot_product_attention(query, key, value)
+        assert torch.equal(ops.scaled_dot_product_attention(query, key, value).isnan(), expected.isnan())
 
 
 class TestGroupedQuery:

@@ -34,6 +34,15 @@ struct AttentionArgs {
   Dropout dropout;
   double scale;
   AttentionOutput output, lse;         // lse: compute type, one column
+  bool output_is_compute_type = false;
+};
+
+// One query of each sequence and head, whose keys were cut into parts: a row of output and lse is merged from its rows in
+// each part, compute type, (parts, sequences * heads, value_dim) and (parts, sequences * heads).
+struct AttentionMergeArgs {
+  AttentionArgs whole;
+  int64_t parts;
+  const void *outputs, *lses;
 };
 
 struct AttentionBackwardArgs {
@@ -47,6 +56,7 @@ struct AttentionBackwardArgs {
 using AttentionKernel = void(const AttentionArgs&, int64_t begin, int64_t end, int64_t split, int64_t splits,
                              void* scratch);
 using AttentionScratchKernel = int64_t(const AttentionArgs&);
+using AttentionMergeKernel = void(const AttentionMergeArgs&, int64_t row_begin, int64_t row_end);
 
 // Which gradients a task of the backward computes for its pairs: all, or grad_key and grad_value of the share `split`
 // of the key blocks, or grad_query of the share `split` of the query blocks.

@@ -198,6 +198,7 @@ struct Kernels {
   CrfDecodeKernel* crf_decode;
   AttentionKernel* attention;
   AttentionScratchKernel* attention_scratch_bytes;
+  AttentionMergeKernel* attention_merge;
   AttentionBackwardKernel* attention_backward;
   AttentionBackwardScratchKernel* attention_backward_scratch_bytes;
 };

@@ -126,10 +126,15 @@ static void forward_block(const AttentionArgs& a, const Sequence& s, int64_t hea
 
   for (int64_t i = 0; i < rows; ++i) {
     const S sum = w.sum[i];  // 0: the row sees nothing
-    T* output = row_of<T>(a.output, s, head, row0 + i);
-    for_columns<S>(a.value_dim, [&](int64_t c, int lanes) {
-      store_lanes(output + c, sum == 0 ? zero<S>() : load(w.output + i * columns + c) * (1 / sum), lanes);
-    });
+    const auto divide = [&](auto* output) {
+      for_columns<S>(a.value_dim, [&](int64_t c, int lanes) {
+        store_lanes(output + c, sum == 0 ? zero<S>() : load(w.output + i * columns + c) * (1 / sum), lanes);
+      });
+    };
+    if (a.output_is_compute_type)
+      divide(row_of<S>(a.output, s, head, row0 + i));
+    else
+      divide(row_of<T>(a.output, s, head, row0 + i));
     *row_of<S>(a.lse, s, head, row0 + i) = sum == 0 ? -kInf<S> : w.largest[i] + log_of(sum);
   }
 }
@@ -178,6 +183,36 @@ void attention(const AttentionArgs& a, int64_t begin, int64_t end, int64_t split
       forward_pair<T>(a, s, pair % a.kv_heads, split, splits, w);
     }
   });
+}
+
+// output = sum over the parts of exp(lse_part - lse) output_part, lse = log of the sum of exp(lse_part).
+template <class T> static void merge_rows(const AttentionMergeArgs& m, int64_t row_begin, int64_t row_end) {
+  using S = compute_t<T>;
+  const AttentionArgs& a = m.whole;
+  const int64_t rows = a.sequences * a.heads;
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    const S* outputs = (const S*)m.outputs + row * a.value_dim;
+    const S* lses = (const S*)m.lses + row;
+    S largest = -kInf<S>, sum = 0;
+    for (int64_t p = 0; p < m.parts; ++p) largest = max(largest, lses[p * rows]);
+    const S shift = largest == -kInf<S> ? 0 : largest;
+    const auto weight = [&](int64_t part) { return exp_score(splat<S>(lses[part * rows] - shift))[0]; };
+    for (int64_t p = 0; p < m.parts; ++p) sum += weight(p);
+    const Sequence s(a, row / a.heads);
+    const int64_t head = row % a.heads;
+    T* output = row_of<T>(a.output, s, head, 0);
+    for_columns<S>(a.value_dim, [&](int64_t c, int lanes) {
+      Vec<S> total = zero<S>();
+      for (int64_t p = 0; p < m.parts && sum != 0; ++p)
+        total += load_lanes(outputs + p * rows * a.value_dim + c, lanes) * (weight(p) / sum);
+      store_lanes(output + c, total, lanes);
+    });
+    *row_of<S>(a.lse, s, head, 0) = sum == 0 ? -kInf<S> : largest + log_of(sum);
+  }
+}
+
+void attention_merge(const AttentionMergeArgs& m, int64_t row_begin, int64_t row_end) {
+  dispatch(m.whole.dtype, [&]<class T>() { merge_rows<T>(m, row_begin, row_end); });
 }
 
 }  // namespace fastformer::FASTFORMER_ISA

@@ -25,6 +25,7 @@ CrfBackwardKernel crf_backward;
 CrfDecodeKernel crf_decode;
 AttentionKernel attention;
 AttentionScratchKernel attention_scratch_bytes;
+AttentionMergeKernel attention_merge;
 AttentionBackwardKernel attention_backward;
 AttentionBackwardScratchKernel attention_backward_scratch_bytes;
 
@@ -33,7 +34,8 @@ static constexpr Kernels table(const char* isa, GemmKernel* quantized_product) {
       isa, kTileVecs * kVecBytes, layer_norm, layer_norm_backward, pack, gemm, gemm_scratch_bytes,
       quantize, pack_quantized, quantized_product, kQuantizedScratchBytes, activation, column_sums,
       gather_rows, cross_entropy_statistics, cross_entropy_gradient,
-      crf_log_likelihood, crf_backward, crf_decode, attention, attention_scratch_bytes, attention_backward, attention_backward_scratch_bytes,
+      crf_log_likelihood, crf_backward, crf_decode, attention, attention_scratch_bytes, attention_merge,
+      attention_backward, attention_backward_scratch_bytes,
   };
 }
 
