@@ -15,6 +15,8 @@ What none of these sees is an edit of a few elements through `.data`: `fastforme
 
 from __future__ import annotations
 
+import itertools
+import operator
 import sys
 from collections.abc import Sequence
 
@@ -34,6 +36,69 @@ def _count_step(optimizer, args, kwargs) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
+class Facts:
+    """What has to stay as it is of many modules, asked before every token of a GPT: by loops in C, not in Python."""
+
+    def __init__(self):
+        self._steps, self._isa = _steps, _raw.isa()
+        self._hooks: list[dict] = []
+        self._states: list[dict] = []  # of modules: their __dict__
+        self._owners, self._names, self._values, self._types = [], [], [], []
+        self._addressed, self._addresses = [], []
+        self._counted, self._versions = [], []  # inference tensors have no counter
+        self._settings: tuple[list[dict], list[str], list] = [], [], []
+
+    def plain(self, module: nn.Module) -> None:
+        """In eval mode, without hooks."""
+        self._hooks += _hooks(module)
+        self._states.append(module.__dict__)
+
+    def same(self, owner: dict, name: str) -> None:
+        """The object of this name, and its class."""
+        for kept, new in zip(
+            (self._owners, self._names, self._values, self._types),
+            (owner, name, owner[name], type(owner[name])),
+            strict=True,
+        ):
+            kept.append(new)
+
+    def parameter(self, owner: dict, name: str) -> None:
+        """The same one, not edited."""
+        self.same(owner, name)
+        parameter = owner[name]
+        if parameter is not None:
+            self._addressed.append(parameter)
+            self._addresses.append(parameter.data_ptr())
+            if not parameter.is_inference():
+                self._counted.append(parameter)
+                self._versions.append(parameter._version)
+
+    def setting(self, module: nn.Module, name: str) -> None:
+        """An equal attribute, or none."""
+        for kept, new in zip(self._settings, (module.__dict__, name, module.__dict__.get(name)), strict=True):
+            kept.append(new)
+
+    def add(self, others: Facts) -> None:
+        for name, kept in vars(others).items():
+            if isinstance(kept, list):
+                getattr(self, name).extend(kept)
+
+    def hold(self) -> bool:
+        where, names, values = self._settings
+        return (
+            self._steps == _steps
+            and self._isa == _raw.isa()
+            and not any(self._hooks)
+            and not any(map(operator.contains, self._states, itertools.repeat("forward")))
+            and not any(map(dict.get, self._states, itertools.repeat("training")))
+            and all(map(operator.is_, map(dict.get, self._owners, self._names), self._values))
+            and list(map(type, self._values)) == self._types
+            and list(map(Tensor.data_ptr, self._addressed)) == self._addresses
+            and [parameter._version for parameter in self._counted] == self._versions
+            and list(map(dict.get, where, names)) == values
+        )
+
+
 class Packed:
     """The packed weights of one module, and all that they depend on.
 
@@ -46,7 +111,7 @@ class Packed:
             dtype that they are computed in.
     """
 
-    __slots__ = ("panels", "children", "dtype", "in_features", "_places", "_stamps", "matrices", "_steps", "_isa")
+    __slots__ = ("panels", "children", "dtype", "in_features", "matrices", "facts")
 
     def __init__(
         self,
@@ -55,15 +120,14 @@ class Packed:
         groups: Sequence[Sequence[Tensor]],
         weights: str | None,
     ):
-        self._steps = _steps
-        self._isa = _raw.isa()
-        self._places = [(modules, name, modules[name], modules[name].__class__) for modules, name in children]
-        self.children = [child for _, _, child, _ in self._places]
-        self._stamps = [
-            (owner._parameters, name, parameter, *_state(parameter))
-            for owner in (module, *self.children)
-            for name, parameter in owner._parameters.items()
-        ]
+        self.children = [modules[name] for modules, name in children]
+        self.facts = Facts()
+        for modules, name in children:
+            self.facts.same(modules, name)
+            self.facts.plain(modules[name])
+        for owner in (module, *self.children):
+            for name in owner._parameters:
+                self.facts.parameter(owner._parameters, name)
         self.matrices = [[matrix.detach() for matrix in group] for group in groups]
         self.panels = [_pack(g[0] if len(g) == 1 else torch.cat(g), weights) for g in self.matrices]
         self.dtype, self.in_features = (groups[0][0].dtype, groups[0][0].shape[1]) if groups else (None, None)
@@ -79,29 +143,11 @@ class Packed:
 
     def hold(self) -> bool:
         """Are all modules, parameters and values what they were? Asked at every call: in some microseconds."""
-        return hold((self,))
+        return self.facts.hold() and agree((self,))
 
 
-def hold(packs: Sequence[Packed]) -> bool:
-    """Does each of them hold?"""
-    isa = _raw.isa()
-    for packed in packs:
-        if packed._steps != _steps or packed._isa != isa:
-            return False
-        for modules, name, child, cls in packed._places:
-            if modules.get(name) is not child or child.__class__ is not cls or child.training:
-                return False
-            if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
-                return False
-            if "forward" in child.__dict__:
-                return False
-        for parameters, name, parameter, address, version in packed._stamps:
-            if parameters.get(name) is not parameter:
-                return False
-            if address is not None and parameter.data_ptr() != address:
-                return False
-            if version is not None and parameter._version != version:
-                return False
+def agree(packs: Sequence[Packed]) -> bool:
+    """Are samples of the matrices still what was packed?"""
     groups = [group for packed in packs for group in packed.matrices]
     panels = [panels for packed in packs for panels in packed.panels]
     weights = [matrix for group in groups for matrix in group]
@@ -128,22 +174,13 @@ def _pack(matrix: Tensor, weights: str | None) -> Tensor:
     return _raw.pack_weight(matrix, dtype if dtype.itemsize == 2 else None)
 
 
-def _state(parameter: nn.Parameter | None) -> tuple[int | None, int | None]:
-    """Address and version counter; inference tensors have no counter."""
-    if parameter is None:
-        return None, None
-    return parameter.data_ptr(), None if parameter.is_inference() else parameter._version
+def _hooks(module: nn.Module) -> tuple[dict, ...]:
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
 def is_hooked(module: nn.Module) -> bool:
     """Would a call of the module do more, or other, than its class's forward?"""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
+    return any(_hooks(module)) or "forward" in module.__dict__
 
 
 def why_not_packed() -> str | None:
@@ -154,23 +191,23 @@ def why_not_packed() -> str | None:
     return None
 
 
-_PLACE = "_fastformer_packed"  # in the module's __dict__
+PLACE = "_fastformer_packed"  # in the module's __dict__
 
 
 def kept(module: nn.Module):
     """What was kept beside the module: its Packed, of a model of layers their Stack; or None."""
-    return module.__dict__.get(_PLACE)
+    return module.__dict__.get(PLACE)
 
 
 def keep(module: nn.Module, packed):
-    module.__dict__[_PLACE] = packed
+    module.__dict__[PLACE] = packed
     return packed
 
 
 def drop(module: nn.Module) -> None:
-    module.__dict__.pop(_PLACE, None)
+    module.__dict__.pop(PLACE, None)
 
 
 def without_packed(state: dict) -> dict:
     """A module's __dict__ as pickle and deepcopy may see it."""
-    return {name: value for name, value in state.items() if name != _PLACE}
+    return {name: value for name, value in state.items() if name != PLACE}

@@ -132,7 +132,7 @@ bool is_packed_value(const Elements& weight, int64_t row, int64_t column, Scalar
 // Samples of the weights, which are one after the other the columns of `packed`, against the packed values, bit by bit.
 // Quantized values say too little: beside them are samples of what they were made of.
 bool agrees(std::span<const Tensor> weights, const Tensor& packed) {
-  constexpr int64_t kSamples = 16;  // of each weight
+  constexpr int64_t kSamples = 8;  // of each weight
   const ScalarType type = packed.scalar_type();
   const bool quantized = type == ScalarType::Char;
   const char* panels = static_cast<const char*>(packed.const_data_ptr());

@@ -255,6 +255,11 @@ class BertLayer(StackedLayer):
         activation = activation_of(self.intermediate.intermediate_act_fn)
         return Settings(heads, activation, getattr(attention, "scaling", (width // heads) ** -0.5), norm1.eps)
 
+    def read(self):
+        attention, norm1, norm2 = self.attention.self, self.attention.output.LayerNorm, self.output.LayerNorm
+        activation, own = self.intermediate.intermediate_act_fn, ("is_causal", "num_attention_heads", "scaling")
+        return *((attention, name) for name in own), (norm1, "eps"), (norm2, "eps"), (activation, "approximate")
+
 
 class Tokens:
     """The real tokens of a padded batch, end to end: one sequence after the other, in both layouts of the batch."""
@@ -446,3 +451,7 @@ class GptBlock(StackedLayer):
         if eps != self.ln_2.eps or not getattr(attn, "is_causal", True):
             return None
         return Settings(attn.num_heads, activation_of(self.mlp.act), attn.scaling, eps)
+
+    def read(self):
+        own = ((self.attn, name) for name in ("is_causal", "num_heads", "scaling"))
+        return *own, (self.ln_1, "eps"), (self.ln_2, "eps"), (self.mlp.act, "approximate")

@@ -43,6 +43,10 @@ class StackedLayer(Fused):
         """None where the op has no place for what the layer does."""
         raise NotImplementedError
 
+    def read(self) -> tuple[tuple[nn.Module, str], ...]:
+        """The attributes of modules that settings() looks at, beside the modules themselves."""
+        raise NotImplementedError
+
 
 class Stack:
     """The packed weights of all layers and of a tail, and all that they depend on. It holds as long as each of theirs.
@@ -58,6 +62,16 @@ class Stack:
     ):
         self.layers, self.tail, self.members, self.packs = layers, tail, members, packs
         self.watched = [*layers, *members, *(c for layer in layers for c in layer.containers())]
+        self.facts = packing.Facts()
+        for module in self.watched:
+            self.facts.plain(module)
+        for member, packed in zip(members, packs, strict=True):
+            self.facts.same(member.__dict__, packing.PLACE)
+            self.facts.add(packed.facts)
+        for module, name in (read for layer in layers for read in layer.read()):
+            self.facts.setting(module, name)
+        for norm in tail[:1]:
+            self.facts.setting(norm, "eps")
         # Of those with one class and one config, one answers for all whether something stops it.
         self.asked = list({(type(m), id(getattr(m, "config", None))): m for m in members}.values())
         self.settings = layers[0].settings()
@@ -74,16 +88,20 @@ class Stack:
         self.head_panels = self.packs[-1].panels[0] if len(self.tail) == 2 else None
 
     def holds(self, is_watched) -> bool:
+        if not self.facts.hold() and not self.fits(is_watched):
+            return False
+        return not any(member.own_obstacles(member) for member in self.asked) and packing.agree(self.packs)
+
+    def fits(self, is_watched) -> bool:
+        """Can the op do what the modules do? For a new stack; or if the facts are others: a hook may sleep."""
         if any(map(is_watched, self.watched)):
             return False
         for member, packed in zip(self.members, self.packs, strict=True):
-            if packing.kept(member) is not packed or member.training:
+            if packing.kept(member) is not packed or member.training or not packed.facts.hold():
                 return False
-        if any(member.own_obstacles(member) for member in self.asked):
-            return False
         if self.tail and self.tail[0].eps != self.settings.eps:
             return False
-        return packing.hold(self.packs) and all(layer.settings() == self.settings for layer in self.layers)
+        return all(layer.settings() == self.settings for layer in self.layers)
 
     def run(
         self,
@@ -171,4 +189,4 @@ def _make(layers: nn.ModuleList, tail: Sequence[nn.Module], x: Tensor, is_watche
     if shapes != shapes[:each] * len(layers):
         return None
     stack = Stack(list(layers), tail, members, packs)
-    return stack if stack.holds(is_watched) else None
+    return stack if stack.fits(is_watched) and stack.holds(is_watched) else None
