@@ -77,11 +77,11 @@ inline Product product_of(const GemmArgs& args) {
 
 // Memory for the quantized rows of a product: values, scales, zeros.
 inline int64_t quantized_bytes(int64_t rows, int64_t depth) {
-  return (rows + kQuantizedRowTile - 1) * quantized_depth(depth) + (rows + 15) / 16 * 16 * 8;
+  return (rows + kQuantizedRowTile - 1) * quantized_stride(depth) + (rows + 15) / 16 * 16 * 8;
 }
 // rows count from `first`
 inline QuantizedRows quantized_rows(void* memory, int64_t first, int64_t rows, int64_t depth) {
-  const int64_t stride = quantized_depth(depth);
+  const int64_t stride = quantized_stride(depth);
   float* scale = static_cast<float*>(memory);
   int32_t* zero = reinterpret_cast<int32_t*>(scale + (rows + 15) / 16 * 16);
   uint8_t* values = reinterpret_cast<uint8_t*>(zero + (rows + 15) / 16 * 16);

@@ -244,11 +244,13 @@ AttentionMask mask_of(const std::optional<Tensor>& mask) {
 
 // Where there are enough sequences, each thread takes some of them through all layers: what it computes stays in its cache,
 // and nobody waits. Else one part, which the threads share.
-std::vector<Part> parts_of(const AttentionArgs& a, int64_t rows) {
-  constexpr int64_t kLeast = 96, kMost = 192;  // rows for which it pays to read the weights; that stay in cache
+std::vector<Part> parts_of(const AttentionArgs& a, int64_t rows, PanelType panels) {
+  constexpr int64_t kLeast = 96;  // rows for which it pays to read the weights
+  // Rows that stay in cache; but products in 8 bits are so fast that it is worse to read the weights again and again.
+  const int64_t most = panels == PanelType::int8 ? 1024 : 192;
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t count = (rows + threads * kMost - 1) / (threads * kMost) * threads;
-  if (a.sequences < count || rows < count * kLeast || a.queries > kMost || count == 1) return {{0, a.sequences, 0, rows}};
+  const int64_t count = (rows + threads * most - 1) / (threads * most) * threads;
+  if (a.sequences < count || rows < count * kLeast || a.queries > most || count == 1) return {{0, a.sequences, 0, rows}};
   std::vector<Part> parts;
   const auto row = [&](int64_t sequence) { return a.cu_seq_q ? int64_t(a.cu_seq_q[sequence]) : sequence * a.queries; };
   for (int64_t p = 0, sequence = 0; p < count && sequence < a.sequences; ++p) {
@@ -347,7 +349,7 @@ Tensor packed_layers(Tensor input, std::vector<Tensor> packed, std::vector<Tenso
       all.norm(from, stride, weight, bias, result);
     return all.bytes();
   };
-  const std::vector<Part> parts = parts_of(attention, x.count);
+  const std::vector<Part> parts = parts_of(attention, x.count, weights[0].hidden.type());
   const int64_t threads = parts.size() > 1 ? 1 : torch::stable::get_num_threads();  // of a part
   parallel_tasks(static_cast<int64_t>(parts.size()), [&](int64_t p) {
     Phases count(threads), phases(threads);

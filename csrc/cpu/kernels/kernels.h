@@ -42,7 +42,8 @@ struct LayerNormBackwardArgs {
 };
 
 // Rows in 8 bits: x = scale * (value - zero), each row with a scale and zero of its own. quantized_depth(depth) values a
-// row, those past the depth arbitrary; memory for kQuantizedRowTile - 1 more rows is there.
+// row, those past the depth arbitrary, and a cache line, or many rows would share cache sets; memory for
+// kQuantizedRowTile - 1 more rows is there.
 struct QuantizedRows {
   uint8_t* values = nullptr;
   float* scale;
@@ -50,13 +51,18 @@ struct QuantizedRows {
 };
 constexpr int kQuantizedRowTile = 32;
 constexpr int64_t quantized_depth(int64_t depth) { return (depth + 63) / 64 * 64; }
+constexpr int64_t quantized_stride(int64_t depth) { return quantized_depth(depth) + 64; }
 
 // A panel of quantized weights: w = scale * value, each of the kQuantizedColumns columns with a scale of its own.
-//   int8  value[quantized_depth / 4][kQuantizedColumns][4]   four depths of a column side by side, zero padded
+//   int8  value[quantized_depth / 64][kQuantizedColumns / 16][16][16][4]   zero padded: see quantized_offset
 //   float scale[kQuantizedColumns]
 //   int32 sum[kQuantizedColumns]                             of the column's values
 //   float sample[kQuantizedColumns]                          w at depth sampled_depth(column): see is_packed
 constexpr int64_t kQuantizedColumns = 64;
+// Blocks of 64 depths x 16 columns, as AMX takes them; in them four depths of a column side by side.
+constexpr int64_t quantized_offset(int64_t k, int64_t column) {
+  return k / 64 * 64 * kQuantizedColumns + column / 16 * 1024 + k % 64 / 4 * 64 + column % 16 * 4 + k % 4;
+}
 constexpr int64_t kQuantizedMaxDepth = 65536;  // sums of products of 255 and 127 fit into 32 bits
 constexpr int64_t quantized_panel_bytes(int64_t depth) { return (quantized_depth(depth) + 12) * kQuantizedColumns; }
 constexpr int64_t sampled_depth(int64_t column, int64_t depth) { return depth * (7 * column % 16) / 16; }

@@ -19,7 +19,7 @@ typedef uint8_t LaneBytes __attribute__((vector_size(kVecBytes / 4)));
 constexpr float kSmallest = 0x1p-110f;  // of a row's or a column's largest value, else it counts as 0
 
 template <class T> static void quantize_rows(const QuantizeArgs& q, int64_t row_begin, int64_t row_end) {
-  const int64_t stride = quantized_depth(q.depth);
+  const int64_t stride = quantized_stride(q.depth);
   for (int64_t row = row_begin; row < row_end; ++row) {
     const T* x = (const T*)q.a + row * q.a_row_stride;
     Vec<float> low[4] = {}, high[4] = {}, bad[4] = {};
@@ -81,7 +81,7 @@ template <class T> static void pack_quantized_panels(const PackArgs& a, int64_t 
       for (int64_t k = 0; k < a.depth && scalable; ++k) {
         const float w = to_compute(b[k * a.b_depth_stride]);
         const int32_t value = min(127, max(-127, int32_t(__builtin_rintf(w * inverse))));
-        out[(k / 4 * kW + c) * 4 + k % 4] = int8_t(value);
+        out[quantized_offset(k, c)] = int8_t(value);
         sums[c] += value;
       }
       scales[c] = magnitude / 127 + bad;
@@ -119,7 +119,8 @@ template <int64_t BLOCK, int64_t FEW, class Product>
 static void product(const GemmArgs& g, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end,
                     void* scratch, Product panel_product) {
   constexpr int64_t kW = kQuantizedColumns;
-  const int64_t depth = quantized_depth(g.depth), bytes = quantized_panel_bytes(g.depth);
+  const int64_t depth = quantized_depth(g.depth), stride = quantized_stride(g.depth);
+  const int64_t bytes = quantized_panel_bytes(g.depth);
   const int64_t blocks = (row_end - row_begin + kRows - 1) / kRows;
   int32_t* sums = (int32_t*)scratch;
   dispatch(g.dtype, [&]<class T>() {
@@ -135,7 +136,7 @@ static void product(const GemmArgs& g, int64_t row_begin, int64_t row_end, int64
           for (int64_t k = 0; k < depth; k += step) {
             const int64_t end = min(depth, k + step);
             if (end == depth) prefetch_output<T>(g, m0, min(m1, m0 + 8), p * kW, width);
-            panel_product(m1 - m0, end - k, g.quantized.values + m0 * depth + k, depth, b + k * kW, sums, k > 0,
+            panel_product(m1 - m0, end - k, g.quantized.values + m0 * stride + k, stride, b + k * kW, sums, k > 0,
                           (const char*)b + end * kW);
           }
           const float* scales = (const float*)(b + depth * kW);
@@ -192,7 +193,7 @@ static void pairs_tile(int64_t depth, const int16_t* a, int64_t stride, const in
 #pragma GCC unroll 4
     for (int j = 0; j < kPairsVecs; ++j) {
       Bytes bytes;
-      memcpy(&bytes, b + k * kQuantizedColumns + j * kPairsColumns * 4, sizeof(bytes));
+      memcpy(&bytes, b + quantized_offset(k, j * kPairsColumns), sizeof(bytes));
       bk[j] = __builtin_convertvector(bytes, Shorts);
     }
 #pragma GCC unroll 8
@@ -224,10 +225,10 @@ static void pairs_product(int64_t rows, int64_t depth, const uint8_t* a, int64_t
     for (int64_t c = 0; c < kQuantizedColumns; c += kPairsVecs * kPairsColumns) {
       int32_t* out = sums + i * kQuantizedColumns + c;
       if (tile == kPairsRows)
-        pairs_tile<kPairsRows>(depth, wide, depth, b + c * 4, out, add);
+        pairs_tile<kPairsRows>(depth, wide, depth, b + quantized_offset(0, c), out, add);
       else
         for (int64_t r = 0; r < tile; ++r)
-          pairs_tile<1>(depth, wide + r * depth, depth, b + c * 4, out + r * kQuantizedColumns, add);
+          pairs_tile<1>(depth, wide + r * depth, depth, b + quantized_offset(0, c), out + r * kQuantizedColumns, add);
     }
   }
 #else
@@ -236,9 +237,10 @@ static void pairs_product(int64_t rows, int64_t depth, const uint8_t* a, int64_t
     if (!add) memset((void*)row, 0, kQuantizedColumns * sizeof(int32_t));
     for (int64_t k = 0; k < depth; k += 4) {
       const uint8_t* x = a + i * stride + k;
-      const int8_t* w = b + k * kQuantizedColumns;
-      for (int64_t c = 0; c < kQuantizedColumns; ++c, w += 4)
+      for (int64_t c = 0; c < kQuantizedColumns; ++c) {
+        const int8_t* w = b + quantized_offset(k, c);
         row[c] += x[0] * w[0] + x[1] * w[1] + x[2] * w[2] + x[3] * w[3];
+      }
     }
   }
 #endif
@@ -272,7 +274,7 @@ static void vnni_tile(int64_t depth, const uint8_t* a, int64_t stride, const int
     prefetch();
     Vec<int32_t> bk[4];
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) memcpy(&bk[j], b + k * kQuantizedColumns + j * 64, 64);
+    for (int j = 0; j < 4; ++j) memcpy(&bk[j], b + quantized_offset(k, j * 16), 64);
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; ++i) {
       int32_t four;
@@ -332,7 +334,7 @@ struct TileConfig {
 template <bool TWO>  // 32 rows, or 16
 static void amx_tile(int64_t depth, const uint8_t* a, int64_t stride, const int8_t* b, int32_t* sums, bool add,
                      Prefetch prefetch) {
-  constexpr int64_t kRow = kQuantizedColumns * 4;  // bytes from one row of sums, or four depths of b, to the next
+  constexpr int64_t kRow = kQuantizedColumns * 4;  // bytes from one row of sums to the next
   int32_t* sums1 = sums + 16 * kQuantizedColumns;
   if (add) {
     _tile_loadd(0, sums, kRow);
@@ -350,10 +352,10 @@ static void amx_tile(int64_t depth, const uint8_t* a, int64_t stride, const int8
   for (int64_t k = 0; k < depth; k += 64) {
     prefetch();
     const int8_t* bk = b + k * kQuantizedColumns;
-    _tile_loadd(6, bk, kRow);
+    _tile_loadd(6, bk, 64);
     _tile_loadd(4, a + k, stride);
     _tile_dpbusd(0, 4, 6);
-    _tile_loadd(7, bk + 64, kRow);
+    _tile_loadd(7, bk + 1024, 64);
     _tile_dpbusd(1, 4, 7);
     if constexpr (TWO) {
       _tile_loadd(5, a + 16 * stride + k, stride);
@@ -380,9 +382,9 @@ static void amx_product(int64_t rows, int64_t depth, const uint8_t* a, int64_t s
       const uint8_t* x = a + i * stride;
       int32_t* out = sums + i * kQuantizedColumns + half * 32;
       if (rows - i > 16)
-        amx_tile<true>(depth, x, stride, b + half * 128, out, add, prefetch);
+        amx_tile<true>(depth, x, stride, b + half * 2048, out, add, prefetch);
       else
-        amx_tile<false>(depth, x, stride, b + half * 128, out, add, prefetch);
+        amx_tile<false>(depth, x, stride, b + half * 2048, out, add, prefetch);
       prefetch.next += depth / 64 * step;
     }
 }
