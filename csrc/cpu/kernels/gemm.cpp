@@ -7,7 +7,7 @@
 
 namespace fastformer::FASTFORMER_ISA {
 
-constexpr int64_t kDepth = 128;    // 128 x 64 floats = 32 KiB of L1
+constexpr int64_t kDepth = kVecBytes == 64 ? 128 : 256;  // x 64 or 16 floats = 32 or 16 KiB of L1
 constexpr int64_t kSlice = 1024;   // 192 x 1024 floats = 768 KiB of L2, and as much for the sums
 constexpr int64_t kRows = 192;
 constexpr int64_t kColumns = 1024;
