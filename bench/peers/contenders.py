@@ -7,6 +7,7 @@ process of its own.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import time
 import types
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from llama import load_llama, prepare_llama
 from workloads import NEW, Model, Workload, word
 
 Run = Callable[[Workload], np.ndarray]
@@ -295,6 +297,10 @@ class Contender:
     tasks: tuple[str, ...] = ("encode",)
     absent: str = ""  # why it does not take part in the other tasks
 
+    @property
+    def is_installed(self) -> bool:
+        return all(importlib.util.find_spec(name.partition(".")[0]) for name in self.imports)
+
     def takes(self, workload: Workload) -> bool:
         return workload.task in self.tasks
 
@@ -318,6 +324,10 @@ CONTENDERS = {
     "CTranslate2": Contender(
         load_ctranslate2, THREE, ("ctranslate2",), prepare_ctranslate2, ("encode", "generate", "prefill"),
         absent="keeps its cache to itself, so no token of a generation can be run alone",
+    ),
+    "llama.cpp": Contender(
+        load_llama, THREE, ("llama_cpp",), prepare_llama, ("generate", "prefill", "token"),
+        absent="is measured on GPT-2 alone",
     ),
     "fastformer": Contender(load_fastformer, THREE, ("torch", "transformers", "fastformer"), tasks=ALL),
     "fastformer GPT": Contender(

@@ -11,8 +11,8 @@ from typing import Any
 PRECISIONS = ("float32", "bfloat16", "int8")
 NOISY = 0.25  # spread from which a row is marked
 COLORS = {
-    "torch.compile": "0.85", "ONNX Runtime": "0.7", "OpenVINO": "0.55", "CTranslate2": "0.4", "fastformer": "tab:blue",
-    "fastformer GPT": "tab:cyan",
+    "torch.compile": "0.85", "ONNX Runtime": "0.7", "OpenVINO": "0.55", "CTranslate2": "0.4", "llama.cpp": "0.25",
+    "fastformer": "tab:blue", "fastformer GPT": "tab:cyan",
 }  # fmt: skip
 
 

@@ -43,7 +43,7 @@ from contenders import CONTENDERS  # noqa: E402
 from workloads import Workload, save_models, workloads  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
-LIBRARIES = ("torch", "transformers", "onnxruntime", "openvino", "nncf", "ctranslate2")
+LIBRARIES = ("torch", "transformers", "onnxruntime", "openvino", "nncf", "ctranslate2", "llama-cpp-python")
 PAUSE = 0.05  # seconds between two turns: threads that wait for work go to sleep
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}  # of an element of a weight
 TOLERANCE = 1e-3  # float32 errors above this part of eager's largest value are mistakes
@@ -87,10 +87,14 @@ def main() -> int:
     chosen = [
         (name, precision)
         for name, contender in CONTENDERS.items()
+        if contender.is_installed
         for precision in contender.precisions
         if name == "eager" or not options.contender or name in options.contender
         if any(contender.takes(workload) and precision in workload.model.precisions for workload in todo)
     ]
+    for name, contender in CONTENDERS.items():
+        if not contender.is_installed:
+            say(f"{name} is left out: its packages are not installed")
     prepared = prepare({name for name, _ in chosen}, todo, folder)
     content: dict[str, Any] = {
         "method": " ".join(__doc__.split("\n\n")[2].split()),
@@ -134,7 +138,8 @@ def environment() -> dict[str, Any]:
     from fastformer.cli import machine
 
     found = machine.environment()
-    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    installed = {distribution.name for distribution in importlib.metadata.distributions()}
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES if name in installed}
     return found | {"versions": found["versions"] | versions}
 
 
