@@ -1,5 +1,7 @@
-"""llama.cpp, through the functions of its C library that llama-cpp-python declares. GELU comes from a table of 16 bits there, so
-its float32 is not exact."""
+"""llama.cpp, through the functions of its C library that llama-cpp-python declares.
+
+Its GELU comes from a table of 16 bits, so its float32 is not exact.
+"""
 
 from __future__ import annotations
 
