@@ -6,9 +6,9 @@
 
 namespace fastformer {
 
-// Adds a product; quantized_bytes(args) of memory where b is quantized.
+// Adds a product; quantized_bytes(args) of memory where the rows of a are still to be quantized.
 inline void add_gemm(Phases& phases, GemmArgs args, char* memory) {
-  if (args.b_type == PanelType::int8) {
+  if (wants_quantizing(args)) {
     args.quantized = quantized_rows(memory, 0, args.rows, args.depth);
     const int64_t rows = quantized_grain(args);
     phases.add((args.rows + rows - 1) / rows, 0, [=](int64_t task) {
@@ -19,7 +19,7 @@ inline void add_gemm(Phases& phases, GemmArgs args, char* memory) {
   phases.add(tasks.count(), tasks.bytes(), tasks);
 }
 inline int64_t quantized_bytes(const GemmArgs& args) {
-  return args.b_type == PanelType::int8 ? quantized_bytes(args.rows, args.depth) : 0;
+  return wants_quantizing(args) ? quantized_bytes(args.rows, args.depth) : 0;
 }
 
 // The hidden activation of a block of rows goes from the first product to the second within one core's L2 and never to

@@ -92,6 +92,9 @@ inline void quantize(const GemmArgs& args, int64_t row_begin, int64_t row_end) {
                       .a_is_compute_type = args.a_is_compute_type, .quantized = args.quantized},
                      row_begin, row_end);
 }
+inline bool wants_quantizing(const GemmArgs& args) {
+  return args.b_type == PanelType::int8 && !args.quantized.values;
+}
 // Rows that make a task.
 inline int64_t quantized_grain(const GemmArgs& args) {
   return std::max<int64_t>(1, 32768 / std::max<int64_t>(args.depth, 1));
@@ -130,18 +133,18 @@ class GemmTasks {
 
 inline void gemm(GemmArgs args) {
   std::optional<Tensor> quantized;
-  if (args.b_type == PanelType::int8) quantized = quantize(args);
+  if (wants_quantizing(args)) quantized = quantize(args);
   const GemmTasks tasks(args, torch::stable::get_num_threads());
   parallel_tasks(tasks.count(), tasks);
 }
 
 // The product of rows [begin, end) by this thread alone, in serial_bytes(args, end - begin) of its memory.
 inline int64_t serial_bytes(const GemmArgs& args, int64_t rows) {
-  return product_of(args).scratch_bytes + (args.b_type == PanelType::int8 ? quantized_bytes(rows, args.depth) : 0);
+  return product_of(args).scratch_bytes + (wants_quantizing(args) ? quantized_bytes(rows, args.depth) : 0);
 }
 inline void gemm_serial(GemmArgs args, int64_t begin, int64_t end, char* memory) {
   const auto [kernel, panels, bytes] = product_of(args);
-  if (args.b_type == PanelType::int8) {
+  if (wants_quantizing(args)) {
     args.quantized = quantized_rows(memory + bytes, begin, end - begin, args.depth);
     quantize(args, begin, end);
   }

@@ -45,6 +45,7 @@ struct Shape {
   Activation activation;
   double eps;
   bool pre_norm;
+  PanelType panels;
 };
 
 constexpr int64_t kKeptBytes = 64 << 20;  // of the arena: new memory for each call would cost a page fault for every 4 KiB
@@ -59,6 +60,8 @@ class Layers {
  public:
   Layers(Phases& phases, const Shape& shape, const AttentionArgs& attention, const Part& part, char* memory)
       : phases_(phases), s_(shape), attention_(attention), rows_(part.rows), arena_(memory) {
+    if (s_.panels == PanelType::int8)
+      quantized_ = quantized_rows(arena_.take(quantized_bytes(rows_, s_.width)), 0, rows_, s_.width);
     const int64_t element = element_bytes(s_.dtype), row = s_.width * element, compute = compute_bytes(s_.dtype);
     x_ = arena_.take(rows_ * row);
     normed_ = arena_.take(rows_ * row);
@@ -107,7 +110,10 @@ class Layers {
 
   void norm(const void* input, int64_t stride, const void* weight, const void* bias, void* output) {
     const LayerNormArgs args = norm_of(input, stride, weight, bias, output);
-    add_rows(rows_, s_.width, [=](int64_t begin, int64_t end) { kernels().layer_norm(args, begin, end); });
+    add_rows(rows_, s_.width, [=, quantize = quantizer(output)](int64_t begin, int64_t end) {
+      kernels().layer_norm(args, begin, end);
+      quantize(begin, end);
+    });
   }
 
   // Logits (sequences, keep, columns) of the last `keep` positions of each sequence: norm, then the product with the head.
@@ -115,12 +121,13 @@ class Layers {
               const PackedWeight& head, const void* head_bias, void* output) {
     const int64_t length = attention_.queries, element = element_bytes(s_.dtype);
     const LayerNormArgs args = norm_of(input, stride, weight, bias, normed_);
-    add_rows(attention_.sequences, keep * s_.width, [=](int64_t begin, int64_t end) {
+    add_rows(attention_.sequences, keep * s_.width, [=, quantize = quantizer(normed_)](int64_t begin, int64_t end) {
       for (int64_t sequence = begin; sequence < end; ++sequence) {
         const int64_t row = sequence * keep, from = (sequence + 1) * length - keep;
         LayerNormArgs mine = args;
         mine.input = static_cast<const char*>(args.input) + (from - row) * stride * element;
         kernels().layer_norm(mine, row, row + keep);
+        quantize(row, row + keep);
       }
     });
     GemmArgs to_logits = linear(head, head_bias, normed_, s_.width, nullptr, 0, output);
@@ -139,6 +146,16 @@ class Layers {
                 [=](int64_t task) { f(task * each, std::min(rows, (task + 1) * each)); });
   }
 
+  // f(begin, end) quantizes rows of a layer-norm's output, while they are in L1, for the product that reads them.
+  std::function<void(int64_t, int64_t)> quantizer(const void* output) {
+    const bool is_read = s_.panels == PanelType::int8 && (output == x_ || output == normed_);
+    if (is_read) quantized_of_ = output;
+    const QuantizeArgs args = {.dtype = s_.dtype, .depth = s_.width, .a = output, .a_row_stride = s_.width,
+                               .a_is_compute_type = false, .quantized = quantized_};
+    return [=](int64_t begin, int64_t end) {
+      if (is_read) kernels().quantize(args, begin, end);
+    };
+  }
   LayerNormArgs norm_of(const void* input, int64_t stride, const void* weight, const void* bias, void* output) const {
     return {
         .dtype = s_.dtype, .residual_dtype = s_.dtype, .columns = s_.width, .eps = s_.eps, .dropout = {},
@@ -151,8 +168,8 @@ class Layers {
     return {
         .dtype = s_.dtype, .rows = rows_, .columns = weight.columns, .depth = weight.depth,
         .a = input, .a_row_stride = stride, .a_depth_stride = 1, .b = weight.data(),
-        .b_type = weight.type(), .bias = bias,
-        .residual = residual, .residual_stride = residual_stride, .output = output, .output_stride = weight.columns,
+        .b_type = weight.type(), .quantized = input && input == quantized_of_ ? quantized_ : QuantizedRows{},
+        .bias = bias, .residual = residual, .residual_stride = residual_stride, .output = output, .output_stride = weight.columns,
     };
   }
   void product(const GemmArgs& args) {
@@ -202,6 +219,8 @@ class Layers {
   AttentionArgs attention_;
   const int64_t rows_;
   Arena arena_;
+  QuantizedRows quantized_ = {};  // of
+  const void* quantized_of_ = nullptr;
   char *x_, *normed_, *qkv_, *context_, *mean_, *rstd_, *work_;
   int64_t work_bytes_ = 0;
 };
@@ -305,8 +324,6 @@ Tensor packed_layers(Tensor input, std::vector<Tensor> packed, std::vector<Tenso
       .output = {nullptr, cu_seq ? 0 : queries * width, head_dim, width},
       .lse = cu_seq ? AttentionOutput{nullptr, 0, x.count, 1} : AttentionOutput{nullptr, heads * queries, queries, 1},
   };
-  const Shape shape = {dtype, width, heads, hidden_features, activation_of(activation), eps, pre_norm};
-
   VectorReader read(dtype);
   std::vector<Weights> weights;
   std::vector<Vectors> biases;
@@ -320,6 +337,7 @@ Tensor packed_layers(Tensor input, std::vector<Tensor> packed, std::vector<Tenso
                       read(v[8]), read(v[9])});
   }
 
+  const Shape shape = {dtype, width, heads, hidden_features, activation_of(activation), eps, pre_norm, weights[0].qkv.type()};
   const void* weight = final_weight ? read(*final_weight) : nullptr;
   const void* bias = final_bias ? read(*final_bias) : nullptr;
   const void* logits_bias = head_bias ? read(*head_bias) : nullptr;
@@ -349,7 +367,7 @@ Tensor packed_layers(Tensor input, std::vector<Tensor> packed, std::vector<Tenso
       all.norm(from, stride, weight, bias, result);
     return all.bytes();
   };
-  const std::vector<Part> parts = parts_of(attention, x.count, weights[0].hidden.type());
+  const std::vector<Part> parts = parts_of(attention, x.count, shape.panels);
   const int64_t threads = parts.size() > 1 ? 1 : torch::stable::get_num_threads();  // of a part
   parallel_tasks(static_cast<int64_t>(parts.size()), [&](int64_t p) {
     Phases count(threads), phases(threads);
