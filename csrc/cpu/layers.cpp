@@ -169,7 +169,8 @@ class Layers {
         .dtype = s_.dtype, .rows = rows_, .columns = weight.columns, .depth = weight.depth,
         .a = input, .a_row_stride = stride, .a_depth_stride = 1, .b = weight.data(),
         .b_type = weight.type(), .quantized = input && input == quantized_of_ ? quantized_ : QuantizedRows{},
-        .bias = bias, .residual = residual, .residual_stride = residual_stride, .output = output, .output_stride = weight.columns,
+        .bias = bias, .residual = residual, .residual_stride = residual_stride, .output = output,
+        .output_stride = weight.columns,
     };
   }
   void product(const GemmArgs& args) {
@@ -337,7 +338,8 @@ Tensor packed_layers(Tensor input, std::vector<Tensor> packed, std::vector<Tenso
                       read(v[8]), read(v[9])});
   }
 
-  const Shape shape = {dtype, width, heads, hidden_features, activation_of(activation), eps, pre_norm, weights[0].qkv.type()};
+  const Shape shape = {dtype, width, heads, hidden_features, activation_of(activation), eps, pre_norm,
+                       weights[0].qkv.type()};
   const void* weight = final_weight ? read(*final_weight) : nullptr;
   const void* bias = final_bias ? read(*final_bias) : nullptr;
   const void* logits_bias = head_bias ? read(*head_bias) : nullptr;
