@@ -79,9 +79,7 @@ def main(argv: list[str] | None = None) -> list[float]:
             attention_probs_dropout_prob=args.dropout,
         )
     )  # fmt: skip
-    losses = common.train(model, batch, lambda given: model(**given).loss, args)
-    if args.save and len(losses) == args.steps:
-        model.save_pretrained(args.save)
+    losses = common.train(model, batch, lambda model, given: model(**given).loss, args)
     return losses
 
 

@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> list[float]:
             chosen = torch.randint(len(examples), (args.batch,), generator=generator).tolist()
             return encode([examples[i] for i in chosen])
 
-        losses = common.train(model, batch, lambda given: model(**given).loss, args)
+        losses = common.train(model, batch, lambda model, given: model(**given).loss, args)
 
     model.eval()
     right = 0

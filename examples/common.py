@@ -1,19 +1,20 @@
 """What the examples share: options, text, and a training loop that can be killed at any step and resumed.
 
-A batch is a function of the seed and the step, so the position in the data is the number of the step. A checkpoint
-holds that, the model, the optimizer, the schedule, torch's random state (dropout) and the losses so far.
+A micro-batch, dropout included, is a function of the seed and its number, so the position in the data is the number of
+the step. A checkpoint holds the model, the optimizer and the losses so far. Under torchrun the processes share out the
+micro-batches of a step (parallel.py), and so any number of them gives the losses of one.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data import topics
 
+import parallel
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -21,14 +22,15 @@ from torch import Tensor, nn
 
 import fastformer
 
-CHECKPOINT = "checkpoint.pt"
 Batch = Callable[[torch.Generator], dict[str, Tensor]]
+Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 
 
 def options(description: str, steps: int, batch: int, lr: float) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--steps", type=int, default=steps)
-    parser.add_argument("--batch", type=int, default=batch, help="examples of a step")
+    parser.add_argument("--batch", type=int, default=batch, help="examples of a micro-batch")
+    parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches of a step")
     parser.add_argument("--lr", type=float, default=lr, help="the largest learning rate")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
@@ -37,6 +39,9 @@ def options(description: str, steps: int, batch: int, lr: float) -> argparse.Arg
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --save")
     parser.add_argument("--stop-after", type=int, metavar="STEP", help="stop there, as if it had been killed")
     parser.add_argument("--eager", action="store_true", help="plain PyTorch, for comparison")
+    parser.add_argument("--bfloat16", action="store_true", help="autocast")
+    parser.add_argument("--checkpointing", action="store_true", help="compute each layer again for its backward")
+    parser.add_argument("--parallel", choices=parallel.KINDS, default="ddp", help="under torchrun")
     return parser
 
 
@@ -46,77 +51,65 @@ def documents() -> list[str]:
 
 
 def train(
-    model: nn.Module,
-    batch: Batch,
-    loss_of: Callable[[dict[str, Tensor]], Tensor],
-    args: argparse.Namespace,
-    *,
-    accelerate: bool = True,
+    model: nn.Module, batch: Batch, loss_of: Loss, args: argparse.Namespace, *, accelerate: bool = True
 ) -> list[float]:
     """Trains in place with AdamW and a linear warm-up and decay; returns the loss of every step.
 
-    batch(generator) makes a batch whose "input_ids" are counted as its tokens, loss_of(batch) is its loss. A model that
-    is built from fastformer.nn needs no `accelerate`.
+    batch(generator) makes a micro-batch whose "input_ids" are counted as its tokens, loss_of(model, batch) is its loss,
+    a step takes the mean of its micro-batches' losses. A model that is built from fastformer.nn needs no `accelerate`.
     """
     if args.resume and args.save is None:
         raise SystemExit("--resume wants the folder of the checkpoint: --save DIR")
     if accelerate and not args.eager:
         fastformer.accelerate(model)
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
-    warmup = max(args.steps // 10, 1)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, (args.steps - step) / max(args.steps - warmup, 1))
-    )
-    losses: list[float] = []
-    torch.manual_seed(args.seed)
-    if args.resume:
-        losses = load(args.save / CHECKPOINT, model, optimizer, scheduler)
+    rank, world = parallel.start()
+    trained = model if world == 1 else parallel.distributed(model, args.parallel)
+    shares = world if args.parallel != "tensor" else 1  # of a step's micro-batches
+    if args.accumulate % shares:
+        raise SystemExit(f"--accumulate must be a multiple of the {shares} processes, got {args.accumulate}")
+    sharded = trained is not model and args.parallel != "ddp"
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=args.lr, fused=not sharded, foreach=False)
+    losses = parallel.load(args.save, trained, optimizer) if args.resume else []
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    console, tokens, since = Console(), 0, time.perf_counter()
+    console, tokens, since = Console(quiet=rank > 0), 0, time.perf_counter()
     backend = fastformer.backend("torch") if args.eager else contextlib.nullcontext()
-    with backend, Progress(*columns, console=console) as progress:
+    layers = parallel.recomputed(trained) if args.checkpointing else contextlib.nullcontext()
+    with backend, layers, Progress(*columns, console=console) as progress:
         task = progress.add_task("training", total=args.steps, completed=len(losses))
         for step in range(len(losses), min(args.steps, args.stop_after or args.steps)):
-            given = batch(torch.Generator().manual_seed(args.seed * 1_000_003 + step))
-            loss = loss_of(given)
+            optimizer.param_groups[0]["lr"] = args.lr * schedule(step, args.steps)
             optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            total = 0.0
+            mine = range(step * args.accumulate + rank % shares, (step + 1) * args.accumulate, shares)
+            for number in mine:
+                torch.manual_seed(args.seed * 1_000_003 + number)
+                given = batch(torch.Generator().manual_seed(args.seed * 1_000_003 + number))
+                with parallel.unsynchronized(trained, number != mine[-1]):
+                    with torch.autocast("cpu", torch.bfloat16, enabled=args.bfloat16):
+                        loss = loss_of(trained, given)
+                    (loss / len(mine)).backward()
+                total += loss.item() / len(mine)
+                tokens += given["input_ids"].numel() * shares
+            parallel.clip_gradients(trained, 1.0)
             optimizer.step()
-            scheduler.step()
-            losses.append(loss.item())
-            tokens += given["input_ids"].numel()
+            losses.append(parallel.mean(total))
             progress.update(task, advance=1, description=f"loss {losses[-1]:.4f}")
             if (step + 1) % 20 == 0 or step + 1 == args.steps:
                 speed = tokens / (time.perf_counter() - since)
                 console.print(f"step {step + 1}: loss {losses[-1]:.4f}, {speed:,.0f} tokens/s")
                 tokens, since = 0, time.perf_counter()
             if args.save and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
-                save(args.save / CHECKPOINT, model, optimizer, scheduler, losses)
+                parallel.save(args.save, step + 1, trained, optimizer, losses)
+    if sharded:
+        parallel.write_back(trained, model)
+    if args.save and len(losses) == args.steps and rank == 0 and hasattr(model, "save_pretrained"):
+        model.save_pretrained(args.save)
+    parallel.stop()
     return losses
 
 
-def save(file: Path, model: nn.Module, optimizer, scheduler, losses: list[float]) -> None:
-    """The file is replaced at once: whoever is killed meanwhile leaves the one before."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    content = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scheduler": scheduler.state_dict(),
-        "random": torch.get_rng_state(),
-        "losses": losses,
-    }
-    torch.save(content, file.with_suffix(".new"))
-    os.replace(file.with_suffix(".new"), file)
-
-
-def load(file: Path, model: nn.Module, optimizer, scheduler) -> list[float]:
-    if not file.exists():
-        raise SystemExit(f"--resume: there is no {file}")
-    content = torch.load(file, weights_only=True)
-    model.load_state_dict(content["model"])
-    optimizer.load_state_dict(content["optimizer"])
-    scheduler.load_state_dict(content["scheduler"])
-    torch.set_rng_state(content["random"])
-    return content["losses"]
+def schedule(step: int, steps: int) -> float:
+    """Linear warm-up over a tenth of the steps, then down to 0."""
+    warmup = max(steps // 10, 1)
+    return min((step + 1) / warmup, (steps - step) / max(steps - warmup, 1))

@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> list[float]:
         chosen = torch.randint(len(rows), (args.batch,), generator=generator).tolist()
         return {"input_ids": torch.stack([rows[i] for i in chosen])}
 
-    def loss_of(given: dict[str, Tensor]) -> Tensor:
+    def loss_of(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
         return F.cross_entropy(model(given["input_ids"]).flatten(0, 1), given["input_ids"].sort().values.flatten())
 
     losses = common.train(model, batch, loss_of, args, accelerate=False)

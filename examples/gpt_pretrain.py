@@ -52,9 +52,7 @@ def main(argv: list[str] | None = None) -> list[float]:
         return {"input_ids": tokens[at], "attention_mask": (same & causal)[:, None], "position_ids": position,
                 "labels": labels}  # fmt: skip
 
-    losses = common.train(model, batch, lambda given: model(**given).loss, args)
-    if args.save and len(losses) == args.steps:
-        model.save_pretrained(args.save)
+    losses = common.train(model, batch, lambda model, given: model(**given, use_cache=False).loss, args)
     if args.write:
         write(model, args.prompt, min(args.write, args.length - len(args.prompt.encode()) - 1))
     return losses

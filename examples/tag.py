@@ -67,10 +67,8 @@ def main(argv: list[str] | None = None) -> list[float]:
     )  # fmt: skip
     model = BertCrfForTokenClassification(config)
     losses = common.train(
-        model, lambda generator: sentences(args.batch, generator), lambda given: model(**given).loss, args
+        model, lambda generator: sentences(args.batch, generator), lambda model, given: model(**given).loss, args
     )
-    if args.save and len(losses) == args.steps:
-        model.save_pretrained(args.save)
 
     test = sentences(200, torch.Generator().manual_seed(-1))
     model.eval()

@@ -7,8 +7,8 @@ import re
 import sys
 
 SUPPORTED = (
-    "BERT and GPT-2 of transformers and of fastformer.models, and torch.nn's TransformerEncoder,"
-    " TransformerEncoderLayer, TransformerDecoderLayer, MultiheadAttention and LayerNorm"
+    "BERT and GPT-2 of transformers and of fastformer.models, the latter's Transformer, and torch.nn's"
+    " TransformerEncoder, TransformerEncoderLayer, TransformerDecoderLayer, MultiheadAttention and LayerNorm"
 )
 
 _OLDEST_TRANSFORMERS = (5, 20)

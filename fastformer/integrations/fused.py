@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fastformer import backends, library, packing
+from fastformer.integrations.tensor_parallel import is_parallel, is_sharded
 
 # The classes that a fused forward knows how to do without calling them; integrations add those of their library.
 LINEARS: set[type[nn.Module]] = {nn.Linear}
@@ -64,6 +65,7 @@ class Fused:
     _fastformer_weights: str | None = None  # how they are packed: see packing.Packed
     _fastformer_unpad: bool = True  # may an encoder leave padding out?
     inner: ClassVar[dict[str, Collection[type[nn.Module]]]] = {}
+    takes_shards: ClassVar[bool] = False  # may the linears inside be split among processes (tensor parallelism)?
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -117,7 +119,8 @@ class Fused:
             return Path.STOCK, None
         if torch.compiler.is_compiling():
             return Path.OPS, None
-        unpacked = self.training or packing.why_not_packed() is not None
+        sharded = any(is_sharded(modules[name]._parameters.get("weight")) for modules, name in children)
+        unpacked = self.training or sharded or packing.why_not_packed() is not None
         if unpacked:
             packing.drop(self)
         if _is_transformed() or (type(x) is not Tensor and not backends._is_traced(x)):
@@ -203,6 +206,8 @@ def survey(module: nn.Module, fused: type[Fused] | None = None) -> tuple[list[st
             obstacle = "is no module"
         elif child.__class__ not in classes:
             obstacle = f"is a {child.__class__.__module__}.{child.__class__.__qualname__}"
+        elif fused.takes_shards and classes is LINEARS and is_parallel(child):
+            obstacle = None
         elif packing.is_hooked(child):
             obstacle = "has hooks"
         else:

@@ -8,9 +8,11 @@ Letters in shapes: B batch, Q queries, K keys, H heads, D head size, E = H D.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastformer import backends, ops
+from fastformer.integrations import tensor_parallel
 from fastformer.integrations.fused import (
     ACTIVATIONS,
     DROPOUTS,
@@ -24,17 +26,42 @@ from fastformer.integrations.fused import (
     weight_of,
 )
 from fastformer.integrations.stacks import Settings, StackedLayer, stack_of
+from fastformer.integrations.tensor_parallel import is_sharded
 from fastformer.packing import Packed, is_hooked
 
 _raw = torch.ops.fastformer_cpu
 
 
 def linear(module: nn.Module, x: Tensor, panels: Tensor | None, activation: str | None = None) -> Tensor:
-    """activation(module(x)) of a plain linear; on its packed weight, if given."""
+    """activation(module(x)) of a plain linear, or of one that is split; on its packed weight, if given."""
     weight, bias = weight_of(module), module._parameters["bias"]
-    if panels is None:
-        return ops.linear(x, weight, bias, activation=activation)
-    return _raw.packed_linear(x, panels, weight.shape[0], bias, activation, None)
+    if panels is not None:
+        return _raw.packed_linear(x, panels, weight.shape[0], bias, activation, None)
+    if is_sharded(weight):
+        return tensor_parallel.linear(module, x, activation)
+    return ops.linear(x, weight, bias, activation=activation)
+
+
+def feed_forward(
+    linear1: nn.Module,
+    linear2: nn.Module,
+    x: Tensor,
+    activation: str | None,
+    *,
+    hidden_dropout_p: float = 0.0,
+    dropout_p: float = 0.0,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """ops.feed_forward of two linears, plain or split."""
+    weight1, weight2 = weight_of(linear1), weight_of(linear2)
+    if is_sharded(weight1) or is_sharded(weight2):
+        hidden = F.dropout(linear(linear1, x, None, activation), hidden_dropout_p)
+        output = F.dropout(linear(linear2, hidden, None), dropout_p)
+        return output if residual is None else output + residual
+    return ops.feed_forward(
+        x, weight1, linear1.bias, weight2, linear2.bias, activation=activation, hidden_dropout_p=hidden_dropout_p,
+        dropout_p=dropout_p, residual=residual,
+    )  # fmt: skip
 
 
 def layer_norm(module: nn.LayerNorm, x: Tensor, path: Path) -> Tensor:
@@ -150,6 +177,7 @@ FUSED_LINEAR = fuse(nn.Linear, Linear)
 
 class BertSelfAttention(Fused):
     inner = {"query": LINEARS, "key": LINEARS, "value": LINEARS}
+    takes_shards = True
 
     def groups(self):
         children = self.query, self.key, self.value
@@ -167,13 +195,15 @@ class BertSelfAttention(Fused):
             return split_qkv(qkv, self.num_attention_heads)
         children = self.query, self.key, self.value
         outputs = [child(x) if path is Path.STOCK else linear(child, x, None) for child in children]
-        return tuple(split_heads(output, self.num_attention_heads) for output in outputs)
+        # Of linears that are split there are only some of the heads.
+        return tuple(x.unflatten(-1, (-1, self.attention_head_size)).transpose(1, 2) for x in outputs)
 
 
 class BertOutput(Fused):
     """LayerNorm(dropout(dense(x)) + residual)"""
 
     inner = {"dense": LINEARS, "LayerNorm": NORMS, "dropout": DROPOUTS}
+    takes_shards = True
 
     def groups(self):
         weight = weight_of(self.dense)
@@ -209,6 +239,7 @@ class BertLayer(StackedLayer):
         "output.LayerNorm": NORMS,
         "output.dropout": DROPOUTS,
     }
+    takes_shards = True
 
     def groups(self):
         weight1, weight2 = weight_of(self.intermediate.dense), weight_of(self.output.dense)
@@ -228,9 +259,8 @@ class BertLayer(StackedLayer):
                 packed.panels[1], features, dense2._parameters["bias"], activation_of(act), x,
             )  # fmt: skip
             return layer_norm(norm, total, path)
-        dense1, dense2 = self.intermediate.dense, self.output.dense
         activation = activation_of(self.intermediate.intermediate_act_fn)
-        output = ops.feed_forward(x, dense1.weight, dense1.bias, dense2.weight, dense2.bias, activation=activation)
+        output = feed_forward(self.intermediate.dense, self.output.dense, x, activation)
         return post_norm(output, x, self.output.dropout, self.output.LayerNorm)
 
     def members(self):
@@ -407,6 +437,7 @@ class GptBlock(StackedLayer):
         "mlp.dropout": DROPOUTS,
         "ln_2": NORMS,
     }
+    takes_shards = True
 
     def groups(self):
         weight1, weight2 = weight_of(self.mlp.c_fc), weight_of(self.mlp.c_proj)
@@ -431,10 +462,8 @@ class GptBlock(StackedLayer):
         norm, mlp = self.ln_2, self.mlp
         shape = norm.normalized_shape
         normed, x = ops.add_layer_norm(attention_output, residual, shape, norm.weight, norm.bias, norm.eps)
-        return ops.feed_forward(
-            normed, weight_of(mlp.c_fc), mlp.c_fc.bias, weight_of(mlp.c_proj), mlp.c_proj.bias,
-            activation=activation_of(mlp.act), dropout_p=dropout_p(mlp.dropout), residual=x,
-        )  # fmt: skip
+        p = dropout_p(mlp.dropout)
+        return feed_forward(mlp.c_fc, mlp.c_proj, normed, activation_of(mlp.act), dropout_p=p, residual=x)
 
     def members(self):
         return self.attn, self, self.ln_1

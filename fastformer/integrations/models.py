@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
-from fastformer.integrations import layers
-from fastformer.integrations.fused import CHILDREN, SWAPS, Fused, Path, fuse
+from fastformer.integrations import layers, torch_nn
+from fastformer.integrations.fused import CHILDREN, LINEARS, SWAPS, Fused, Path, fuse, weight_of
 from fastformer.integrations.stacks import infers_eagerly, stack_of
-from fastformer.models import bert, gpt
+from fastformer.models import bert, gpt, transformer
 from fastformer.models.generation import KeyValue, KeyValueCache, LayerCache
+from fastformer.models.layers import split_heads
 from fastformer.packing import is_hooked
 
 
@@ -165,6 +168,57 @@ def _copied(past: list[KeyValue] | None, num_layers: int, new: Tensor, heads: in
     return cache
 
 
+class TransformerAttention(Fused):
+    inner = {"q_proj": LINEARS, "k_proj": LINEARS, "v_proj": LINEARS, "out_proj": LINEARS}
+    takes_shards = True
+
+    def groups(self):
+        weights = [weight_of(self._modules[name]) for name in self.inner]
+        fits = len({w.shape for w in weights}) == 1 and weights[0].shape[0] % self.num_heads == 0
+        return [[w] for w in weights] if fits else None
+
+    def key_value(self, hidden_states: Tensor) -> KeyValue:
+        path, packed = self.choose(hidden_states)
+        if path is Path.STOCK:
+            return super().key_value(hidden_states)
+        _, *panels, _ = packed.panels if packed else [None] * 4
+        outputs = map(layers.linear, (self.k_proj, self.v_proj), [hidden_states] * 2, panels)
+        key, value = map(split_heads, outputs, [self.head_dim] * 2)
+        return key, value
+
+    def forward(
+        self, hidden_states: Tensor, key_value: KeyValue, attention_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        path, packed = self.choose(hidden_states, *key_value)
+        if path is Path.STOCK:
+            return super().forward(hidden_states, key_value, attention_mask, is_causal)
+        query_panels, _, _, output_panels = packed.panels if packed else [None] * 4
+        query = split_heads(layers.linear(self.q_proj, hidden_states, query_panels), self.head_dim)
+        context = layers.attention(
+            query,
+            *key_value,
+            attention_mask,
+            dropout_p=self.dropout.p if self.training else 0.0,
+            is_causal=is_causal,
+            scale=query.shape[-1] ** -0.5,
+            path=path,
+        )
+        return layers.linear(self.out_proj, context, output_panels)
+
+
+class TransformerEncoderLayer(torch_nn.Layer):
+    def sublayers(self, x: Tensor, attentions: Sequence[torch_nn.Attention]) -> Tensor:
+        path, packed = self.choose(x)
+        if path is Path.STOCK:
+            return super().sublayers(x, attentions)
+        return self.compute(x, attentions, path, packed)
+
+
+class TransformerDecoderLayer(TransformerEncoderLayer):
+    inner = torch_nn.TransformerDecoderLayer.inner
+    attentions = 2
+
+
 SWAPS.update(
     {
         bert.BertEncoder: fuse(bert.BertEncoder, BertEncoder),
@@ -176,6 +230,9 @@ SWAPS.update(
         gpt.GptModel: fuse(gpt.GptModel, GptModel),
         gpt.GptAttention: fuse(gpt.GptAttention, GptAttention),
         gpt.GptBlock: fuse(gpt.GptBlock, GptBlock),
+        transformer.TransformerAttention: fuse(transformer.TransformerAttention, TransformerAttention),
+        transformer.TransformerEncoderLayer: fuse(transformer.TransformerEncoderLayer, TransformerEncoderLayer),
+        transformer.TransformerDecoderLayer: fuse(transformer.TransformerDecoderLayer, TransformerDecoderLayer),
     }
 )
 CHILDREN[bert.BertEmbeddings, "LayerNorm"] = layers.FUSED_LAYER_NORM
@@ -183,3 +240,4 @@ CHILDREN[bert.BertLMPredictionHead, "decoder"] = layers.FUSED_LINEAR
 CHILDREN[gpt.GptBlock, "ln_1"] = layers.FUSED_LAYER_NORM
 CHILDREN[gpt.GptModel, "ln_f"] = layers.FUSED_LAYER_NORM
 CHILDREN[gpt.GptLMHeadModel, "lm_head"] = layers.FUSED_LINEAR
+CHILDREN[transformer.TransformerForConditionalGeneration, "lm_head"] = layers.FUSED_LINEAR

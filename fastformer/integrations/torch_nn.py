@@ -220,7 +220,7 @@ def _call(
     return attention
 
 
-class _Layer(Fused):
+class Layer(Fused):
     """All of an encoder or decoder layer but its attention, which is called."""
 
     inner = {
@@ -232,7 +232,8 @@ class _Layer(Fused):
         "norm1": NORMS,
         "norm2": NORMS,
     }
-    _attentions = 1
+    takes_shards = True
+    attentions = 1
 
     @staticmethod
     def own_obstacles(module: nn.Module) -> list[str]:
@@ -252,7 +253,7 @@ class _Layer(Fused):
         return [[weight1], [weight2]] if fits else None
 
     def _numbered(self, name: str) -> list[nn.Module]:
-        return [self._modules[f"{name}{i + 1}"] for i in range(self._attentions + 1)]
+        return [self._modules[f"{name}{i + 1}"] for i in range(self.attentions + 1)]
 
     def choose_for(self, x: Tensor, *masks: Tensor | None) -> tuple[Path, Packed | None]:
         if x.is_nested or not all(map(_is_mask, masks)):
@@ -288,13 +289,11 @@ class _Layer(Fused):
                 x, packed.panels[0], linear1.weight.shape[0], linear1.bias,
                 packed.panels[1], linear2.weight.shape[0], linear2.bias, activation, residual,
             )  # fmt: skip
-        return ops.feed_forward(
-            x, linear1.weight, linear1.bias, linear2.weight, linear2.bias, activation=activation,
-            hidden_dropout_p=dropout_p(self.dropout), dropout_p=dropout_p(dropout), residual=residual,
-        )  # fmt: skip
+        p = {"hidden_dropout_p": dropout_p(self.dropout), "dropout_p": dropout_p(dropout)}
+        return layers.feed_forward(linear1, linear2, x, activation, **p, residual=residual)
 
 
-class TransformerEncoderLayer(_Layer):
+class TransformerEncoderLayer(Layer):
     def forward(
         self,
         src: Tensor,
@@ -310,9 +309,9 @@ class TransformerEncoderLayer(_Layer):
         return self.compute(src, [attention], path, packed)
 
 
-class TransformerDecoderLayer(_Layer):
-    inner = {**_Layer.inner, "dropout3": DROPOUTS, "norm3": NORMS}
-    _attentions = 2
+class TransformerDecoderLayer(Layer):
+    inner = {**Layer.inner, "dropout3": DROPOUTS, "norm3": NORMS}
+    attentions = 2
 
     def forward(
         self,

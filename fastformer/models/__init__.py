@@ -1,4 +1,5 @@
-"""Reference BERT and GPT-2 in plain eager PyTorch, read from Hugging Face checkpoint folders."""
+"""Reference BERT, GPT-2 and encoder-decoder Transformer in plain eager PyTorch, read from checkpoint folders: for BERT
+and GPT-2 those of Hugging Face."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from .bert_heads import (
 )
 from .gpt import GptConfig, GptLMHeadModel, GptModel
 from .loading import PretrainedModel, read_config
+from .transformer import TransformerConfig, TransformerForConditionalGeneration
 
 __all__ = [
     "BertConfig",
@@ -26,11 +28,13 @@ __all__ = [
     "GptConfig",
     "GptLMHeadModel",
     "GptModel",
+    "TransformerConfig",
+    "TransformerForConditionalGeneration",
     "load",
 ]
 
 BASE_MODELS: dict[str, type[PretrainedModel]] = {
-    model.config_class.model_type: model for model in (BertModel, GptModel)
+    model.config_class.model_type: model for model in (BertModel, GptModel, TransformerForConditionalGeneration)
 }
 ARCHITECTURES: dict[str, type[PretrainedModel]] = {
     model.architecture: model
@@ -44,6 +48,7 @@ ARCHITECTURES: dict[str, type[PretrainedModel]] = {
         BertForQuestionAnswering,
         GptModel,
         GptLMHeadModel,
+        TransformerForConditionalGeneration,
     )
 }
 

@@ -113,6 +113,7 @@ class BertSelfAttention(nn.Module):
     def __init__(self, config: BertConfig):
         super().__init__()
         self.num_attention_heads = config.num_attention_heads
+        self.attention_head_size = config.hidden_size // config.num_attention_heads
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
@@ -120,9 +121,9 @@ class BertSelfAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         context = F.scaled_dot_product_attention(
-            split_heads(self.query(hidden_states), self.num_attention_heads),
-            split_heads(self.key(hidden_states), self.num_attention_heads),
-            split_heads(self.value(hidden_states), self.num_attention_heads),
+            split_heads(self.query(hidden_states), self.attention_head_size),
+            split_heads(self.key(hidden_states), self.attention_head_size),
+            split_heads(self.value(hidden_states), self.attention_head_size),
             attn_mask=attention_mask,
             dropout_p=self.dropout.p if self.training else 0.0,
         )

@@ -1,4 +1,5 @@
-"""Generation with the reference GPT: greedy, sampling and beam search, on a cache of keys and values written in place.
+"""Generation with the reference models: greedy, sampling and beam search, on a cache of keys and values written in
+place.
 
 Letters in shapes: B batch, N beams, P prompt, V vocabulary, H heads, D head size.
 """
@@ -6,6 +7,8 @@ Letters in shapes: B batch, N beams, P prompt, V vocabulary, H heads, D head siz
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -126,25 +129,22 @@ class GenerationMixin:
         draws = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         _check_choice(draws, num_beams, stop_tokens, self.config.vocab_size, on_token)
         steps = _Steps(self, input_ids, attention_mask, max_new_tokens)
+        end = max_new_tokens, stop_tokens, self.config.pad_token_id
         if num_beams > 1:
-            return _search(steps, input_ids, max_new_tokens, num_beams, stop_tokens)
+            return search(steps, input_ids, *end, num_beams)
         drawn = any(option is not None for option in draws.values())
-        batch, length = input_ids.shape
-        tokens, stops = steps.room_for(input_ids, max_new_tokens, stop_tokens)
-        running = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
-        new = input_ids
-        for end in range(length, length + max_new_tokens):
-            logits = steps.logits(new)
-            chosen = _draw(logits, **draws, generator=generator) if drawn else logits.argmax(-1)
-            tokens[:, end] = torch.where(running, chosen, tokens[:, end])
-            new = tokens[:, end : end + 1]
-            if on_token is not None:
-                on_token(tokens[:, end].clone())
-            if stop_tokens:
-                running &= ~torch.isin(chosen, stops)
-                if not running.any():
-                    return tokens[:, : end + 1]
-        return tokens
+        choose = partial(_draw, **draws, generator=generator) if drawn else partial(torch.argmax, dim=-1)
+        return continued(steps, input_ids, *end, choose, on_token)
+
+
+class Steps(Protocol):
+    """A model that generates, with its cache."""
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """(B, V), float32 at least: of what comes behind these tokens (B, S), which follow those so far."""
+
+    def select(self, rows: Tensor) -> None:
+        """Goes on with the sequences of these indices in place of those that are there."""
 
 
 class _Steps:
@@ -158,16 +158,7 @@ class _Steps:
             self.mask = torch.cat([attention_mask, new], 1).bool()
             self.positions = (self.mask.cumsum(1) - 1).clamp(min=0)
 
-    def room_for(self, input_ids: Tensor, max_new_tokens: int, stop_tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """(B, P + max_new_tokens), the prompt and what stands behind an end; and the stop_tokens as a tensor."""
-        fill = self.model.config.pad_token_id
-        if fill is None:
-            fill = stop_tokens[0] if stop_tokens else 0
-        new = input_ids.new_full((input_ids.size(0), max_new_tokens), fill)
-        return torch.cat([input_ids, new], 1), input_ids.new_tensor(stop_tokens)
-
     def logits(self, tokens: Tensor) -> Tensor:
-        """(B, V), float32 at least: of what comes behind these tokens (B, S), which follow those so far."""
         begin, end = self.cache.length, self.cache.length + tokens.size(1)
         mask, positions = (None, None) if self.mask is None else (self.mask[:, :end], self.positions[:, begin:end])
         logits = self.model(tokens, mask, positions, self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
@@ -177,6 +168,42 @@ class _Steps:
         self.cache.select(rows)
         if self.mask is not None:
             self.mask, self.positions = self.mask[rows], self.positions[rows]
+
+
+def _room_for(
+    tokens: Tensor, max_new_tokens: int, stop_tokens: Sequence[int], pad_token: int | None
+) -> tuple[Tensor, Tensor]:
+    """(B, P + max_new_tokens), the prompt and what stands behind an end; and the stop_tokens as a tensor."""
+    if pad_token is None:
+        pad_token = stop_tokens[0] if stop_tokens else 0
+    new = tokens.new_full((tokens.size(0), max_new_tokens), pad_token)
+    return torch.cat([tokens, new], 1), tokens.new_tensor(stop_tokens)
+
+
+def continued(
+    steps: Steps,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    stop_tokens: Sequence[int],
+    pad_token: int | None,
+    choose: Callable[[Tensor], Tensor],
+    on_token: Callable[[Tensor], object] | None = None,
+) -> Tensor:
+    """The prompts (B, P) continued token by token: choose takes logits (B, V) and gives tokens (B,)."""
+    batch, length = input_ids.shape
+    tokens, stops = _room_for(input_ids, max_new_tokens, stop_tokens, pad_token)
+    running = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
+    new = input_ids
+    for end in range(length, length + max_new_tokens):
+        tokens[:, end] = torch.where(running, choose(steps.logits(new)), tokens[:, end])
+        new = tokens[:, end : end + 1]
+        if on_token is not None:
+            on_token(tokens[:, end].clone())
+        if stop_tokens:
+            running &= ~torch.isin(new[:, 0], stops)
+            if not running.any():
+                return tokens[:, : end + 1]
+    return tokens
 
 
 def _draw(
@@ -195,8 +222,13 @@ def _draw(
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
-def _search(
-    steps: _Steps, input_ids: Tensor, max_new_tokens: int, num_beams: int, stop_tokens: Sequence[int]
+def search(
+    steps: Steps,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    stop_tokens: Sequence[int],
+    pad_token: int | None,
+    num_beams: int,
 ) -> Tensor:
     """Beam search. A prompt's beams are running, and the best of those that have ended are kept beside them: until
     there are num_beams of these, and none that runs is above the last of them now."""
@@ -204,7 +236,7 @@ def _search(
     first = torch.arange(batch, device=device)[:, None]  # rows of (B, ...)
     logits = steps.logits(input_ids).repeat_interleave(num_beams, 0)
     steps.select(first.expand(batch, num_beams).flatten())
-    tokens, stops = steps.room_for(input_ids, max_new_tokens, stop_tokens)
+    tokens, stops = _room_for(input_ids, max_new_tokens, stop_tokens, pad_token)
     tokens = tokens[:, None].repeat(1, num_beams, 1)  # (B, N, P + max_new_tokens)
     scores = torch.full((batch, num_beams), -torch.inf, dtype=logits.dtype, device=device)
     best, best_scores, best_lengths = tokens, scores, torch.zeros_like(scores, dtype=torch.int64)

@@ -85,8 +85,8 @@ class GptAttention(nn.Module):
 
     def __init__(self, config: GptConfig, layer_idx: int):
         super().__init__()
-        self.num_heads = config.n_head
-        self.scaling = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
+        self.num_heads, self.head_dim = config.n_head, config.n_embd // config.n_head
+        self.scaling = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
         if config.scale_attn_by_inverse_layer_idx:
             self.scaling /= layer_idx + 1
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
@@ -97,7 +97,7 @@ class GptAttention(nn.Module):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, past: KeyValue | LayerCache | None = None
     ) -> tuple[Tensor, KeyValue]:
-        query, key, value = (split_heads(x, self.num_heads) for x in self.c_attn(hidden_states).chunk(3, dim=-1))
+        query, key, value = (split_heads(x, self.head_dim) for x in self.c_attn(hidden_states).chunk(3, dim=-1))
         key, value = extend(past, key, value)
         length, key_length = query.size(2), key.size(2)
         is_causal = attention_mask is None and length == key_length  # needs no matrix

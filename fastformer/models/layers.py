@@ -1,4 +1,4 @@
-"""What BERT and GPT share: activations, heads, masks, the loss and the initial weights."""
+"""What the models share: activations, heads, masks, the loss and the initial weights."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def padding_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tens
     return attention_mask.bool()[:, None, None, :]
 
 
-def split_heads(hidden_states: Tensor, num_heads: int) -> Tensor:
-    """(B, S, H * D) -> (B, H, S, D)"""
-    return hidden_states.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+def split_heads(hidden_states: Tensor, head_dim: int) -> Tensor:
+    """(B, S, H * D) -> (B, H, S, D); under tensor parallelism H are some of the heads."""
+    return hidden_states.unflatten(-1, (-1, head_dim)).transpose(1, 2)
 
 
 def merge_heads(context: Tensor) -> Tensor:

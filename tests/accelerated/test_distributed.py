@@ -1,21 +1,26 @@
-"""Accelerated models in DDP and FSDP2, on gloo; one process, and two that see different data."""
+"""Accelerated models in DDP, FSDP2 and tensor parallelism, on gloo; one process, and two that see different data (in
+tensor parallelism: have some of the heads and hidden features each)."""
 
 import copy
 import os
 import tempfile
+from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from accelerated.small import MODELS, gradients, ids, logits, packed_modules
+from accelerated.small import MODELS, bert, gradients, ids, logits, packed_modules, reference_gpt, spread
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import fastformer
-from fastformer import library
+from fastformer import library, models
 
 pytestmark = [
     pytest.mark.skipif(not library.available(), reason="needs the op library"),
@@ -29,7 +34,7 @@ def run(rank: int, world: int, store: str, test: str, model: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     try:
-        globals()[test](MODELS[model](), rank, world)
+        globals()[test]((MODELS | SPLIT)[model](), rank, world)
     finally:
         dist.destroy_process_group()
 
@@ -40,6 +45,92 @@ def run(rank: int, world: int, store: str, test: str, model: str) -> None:
 def test_distributed(test, model, world):
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(run, (world, f"{folder}/store", test, model), nprocs=world)
+
+
+COLUMNS = ("query", "key", "value", "q_proj", "k_proj", "v_proj", "intermediate.dense", "linear1", "c_fc")
+ROWS = ("output.dense", "out_proj", "linear2", "mlp.c_proj")
+SPLIT: dict[str, Callable[[], nn.Module]] = {
+    "bert": lambda: bert(num_attention_heads=4),
+    "reference bert": lambda: bert(library=models, num_attention_heads=4),
+    "reference gpt": reference_gpt,
+    "transformer": lambda: spread(models.TransformerForConditionalGeneration(models.TransformerConfig(**TRANSFORMER))),
+}
+TRANSFORMER = dict(
+    vocab_size=60, d_model=48, nhead=4, num_encoder_layers=1, num_decoder_layers=2, dim_feedforward=80, dropout=0.0
+)
+
+
+def test_fsdp2_transformer():
+    """Encoder and decoder are called layer by layer, as FSDP2 wants it."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(run, (2, f"{folder}/store", "check_fsdp2_transformer", "transformer"), nprocs=2)
+
+
+def check_fsdp2_transformer(model: nn.Module, rank: int, world: int) -> None:
+    expected = results(copy.deepcopy(model))
+    fastformer.accelerate(model, strict=True)
+    mesh = init_device_mesh("cpu", (world,))
+    for layer in (*model.encoder, *model.decoder):
+        fully_shard(layer, mesh=mesh)
+    assert_split_is_whole(results(fully_shard(model, mesh=mesh)), expected)
+
+
+def test_tensor_parallel():
+    """Everything stays fused, on this process's shards; outputs and gradients are those of the whole model."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(run_tensor_parallel, (f"{folder}/store",), nprocs=2)
+
+
+def run_tensor_parallel(rank: int, store: str) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    for make in SPLIT.values():
+        for accelerate_first in (True, False):
+            torch.manual_seed(0)
+            check_tensor_parallel(make(), accelerate_first)
+    dist.destroy_process_group()
+
+
+def check_tensor_parallel(model: nn.Module, accelerate_first: bool) -> None:
+    eager = copy.deepcopy(model)
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    plan = {name: ColwiseParallel() for name in linears if name.endswith(COLUMNS)}
+    plan |= {name: RowwiseParallel() for name in linears if name.endswith(ROWS)}
+    if accelerate_first:
+        fastformer.accelerate(model, strict=True)
+        with torch.no_grad():
+            model.eval()(input_ids=ids(), labels=ids())
+        assert packed_modules(model)
+    parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+    if not accelerate_first:
+        fastformer.accelerate(model, strict=True)
+    report = fastformer.report(model)
+    assert report.fused and not report.left, str(report)
+    stock = mock.patch("torch.nn.functional.scaled_dot_product_attention", side_effect=AssertionError("not fused"))
+    with stock, fastformer.backend("cpu", strict=True), pytest.raises(AssertionError, match="not fused"):
+        eager(input_ids=ids(), labels=ids())
+    expected = results(eager)
+    with stock, fastformer.backend("cpu", strict=True):
+        assert_split_is_whole(results(model), expected)
+    assert_split_is_whole(results(fastformer.restore(model)), expected)
+
+
+def results(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Loss and logits (the Transformer has them without labels only) in inference, and the gradients of the loss."""
+    tokens = ids()
+    with torch.no_grad():
+        output = model.eval()(input_ids=tokens, labels=tokens)
+    model.zero_grad()
+    model.train()(input_ids=tokens, labels=tokens).loss.backward()
+    found = {"loss": output.loss, **gradients(model)} | ({} if output.logits is None else {"logits": output.logits})
+    return {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in found.items()}
+
+
+def assert_split_is_whole(split: dict[str, torch.Tensor], whole: dict[str, torch.Tensor]) -> None:
+    assert split.keys() == whole.keys() and len(whole) > 10
+    for name, x in split.items():
+        torch.testing.assert_close(x, whole[name], atol=1e-5, rtol=1e-3, msg=name)
 
 
 def batches(world: int) -> list[torch.Tensor]:

@@ -31,9 +31,17 @@ def random_tags(batch: int, length: int, tags: int, missing: float = 0.0) -> Ten
     return torch.randint(tags, (batch, length)).where(torch.rand(batch, length) >= missing, -100)
 
 
-def assert_close(*draws: dict[str, Tensor], slack: int = 0, **options) -> None:
-    functions = (partial(f, **options) for f in (ops.crf_log_likelihood, eager.crf_log_likelihood))
-    assert_op_close(*functions, *draws, slack=slack)
+def assert_close(*draws: dict[str, Tensor], **options) -> None:
+    """By the accuracy rule. In float64, where eager would be its own reference, that is the specification: eager's sums
+    are large, and lose digits (ten times as much as the kernel, measured in 80 bits)."""
+    float64 = draws[0]["emissions"].dtype == torch.float64
+    expected = specification if float64 else eager.crf_log_likelihood
+    assert_op_close(partial(ops.crf_log_likelihood, **options), partial(expected, **options), *draws)
+
+
+def specification(*, tags: Tensor, mask: Tensor | None = None, reduction: str = "mean", **given: Tensor) -> Tensor:
+    unused = sum(x.flatten()[:0].sum() for x in given.values())  # 0: with one position transitions have no part in it
+    return reference.crf_log_likelihood(**given, tags=tags, mask=mask, reduction=reduction) + unused
 
 
 def assert_best(given: dict[str, Tensor], mask: Tensor | None = None) -> None:
@@ -51,8 +59,7 @@ def assert_best(given: dict[str, Tensor], mask: Tensor | None = None) -> None:
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_sizes(isa, dtype, size, reduction):
     draws = [tensors(*size, dtype) for _ in range(3)]
-    slack = 8 if dtype == torch.float64 else 0  # where eager is the reference itself
-    assert_close(*draws, tags=random_tags(*size), reduction=reduction, slack=slack)
+    assert_close(*draws, tags=random_tags(*size), reduction=reduction)
     assert_best(draws[0])
 
 
@@ -289,11 +296,11 @@ def test_as_pytorch_crf(reduction):
 )
 def test_any_call(size, dtype, layout, masked, missing):
     torch.manual_seed(0)
-    given = tensors(*size, dtype) | {"emissions": randn(*size, dtype=dtype, layout=layout)}
+    draws = [tensors(*size, dtype) | {"emissions": randn(*size, dtype=dtype, layout=layout)} for _ in range(5)]
     mask = None if masked is None else torch.rand(size[:2]) >= masked
     tags = random_tags(*size, missing)
-    assert_close(given, tags=tags, mask=mask, reduction="none", slack=16 * max(size[1], 1))
-    assert_best(given, mask)
+    assert_close(*draws, tags=tags, mask=mask, reduction="none")
+    assert_best(draws[0], mask)
 
 
 class TestDecode:

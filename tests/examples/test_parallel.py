@@ -1,0 +1,123 @@
+"""The scripts in examples/ by two processes, on gloo: the losses and the result of one."""
+
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import fastformer.nn
+from fastformer import library
+
+FOLDER = Path(__file__).resolve().parents[2] / "examples"
+SHORT = {
+    "tag": ["--batch", "4"],
+    "bert_pretrain": ["--length", "32", "--batch", "2"],
+    "gpt_pretrain": ["--length", "64", "--batch", "2", "--write", "0"],
+}
+pytestmark = pytest.mark.skipif(not library.available(), reason="needs the op library")
+
+
+def losses(script: str, *options: object) -> list[float]:
+    return importlib.import_module(script).main([*SHORT[script], "--steps", "4", *map(str, options)])
+
+
+def run(rank: int, world: int, folder: str, script: str, runs: list[list[str]]) -> None:
+    torch.set_num_threads(1)
+    sys.path.insert(0, str(FOLDER))
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    found = [losses(script, *options) for options in runs]
+    Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def by_two(folder: Path, script: str, *runs: list[object]) -> list[list[float]]:
+    """The losses of one run after the other, of which both processes know the same."""
+    given = [[str(option) for option in options] for options in runs]
+    mp.spawn(run, (2, str(folder), script, given), nprocs=2)
+    first, second = (json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    (folder / "store").unlink(missing_ok=True)
+    return first
+
+
+@pytest.fixture(autouse=True)
+def examples_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+
+def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
+    """With dropout, two micro-batches each; and what they save is what one process saves. Under tensor parallelism
+    without dropout: heads and features drop other elements where they lie in another process."""
+    options = {
+        "ddp": ["--accumulate", 4, "--dropout", 0.1],
+        "fsdp": ["--accumulate", 4, "--dropout", 0.1],
+        "tensor": ["--accumulate", 2],
+    }
+    runs = [[*given, "--parallel", kind, "--save", tmp_path / kind] for kind, given in options.items()]
+    found = dict(zip(options, by_two(tmp_path, "tag", *runs), strict=True))
+    for kind, given in options.items():
+        alone = tmp_path / f"{kind} alone"
+        assert found[kind] == pytest.approx(losses("tag", *given, "--save", alone), rel=1e-5), kind
+        model, expected = (fastformer.models.load(folder) for folder in (tmp_path / kind, alone))
+        for (name, x), y in zip(model.named_parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-5, msg=f"{kind}: {name}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "tensor"])
+def test_resumed(tmp_path: Path, kind: str) -> None:
+    """Two processes save their shards, and go on from there: the losses of the run that was left alone."""
+    options = ["--accumulate", 2, "--parallel", kind, "--save-every", 2]
+    stopped = [*options, "--save", tmp_path / "saved"]
+    whole, first, resumed = by_two(tmp_path, "tag", options, [*stopped, "--stop-after", 3], [*stopped, "--resume"])
+    assert first == whole[:3] and resumed == whole
+    if kind != "tensor":  # the checkpoint of two is one for one
+        for folder in (tmp_path / "saved").glob("step-4"):
+            folder.rename(tmp_path / "saved" / "step-3")
+    assert losses("tag", *stopped, "--resume") == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["bert_pretrain", "gpt_pretrain"])
+def test_bfloat16_accumulated_and_recomputed(tmp_path: Path, script: str) -> None:
+    """All at once, and each kind gives what one process does; tied weights are sharded once."""
+    options = ["--accumulate", 4, "--bfloat16", "--checkpointing", "--steps", 2]
+    expected = losses(script, *options)
+    exact = losses(script, "--accumulate", 4, "--steps", 2)
+    assert expected == pytest.approx(exact, rel=2e-2) and expected != exact
+    kinds = ["ddp", "fsdp"] + (["tensor"] if script == "bert_pretrain" else [])
+    found = by_two(tmp_path, script, *([*options, "--parallel", kind] for kind in kinds))
+    for kind, got in zip(kinds, found, strict=True):
+        assert got == pytest.approx(expected, rel=1e-3), kind
+
+
+def test_split() -> None:
+    """The first linears of a pair by output features, the second by input features; others stay whole."""
+    parallel = importlib.import_module("parallel")
+    config = fastformer.models.BertConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=2)
+    plan = parallel.split(fastformer.models.BertModel(config))
+    styles = {name.removeprefix("encoder.layer.0."): type(style).__name__ for name, style in plan.items()}
+    columns = ["attention.self.query", "attention.self.key", "attention.self.value", "intermediate.dense"]
+    rows = ["attention.output.dense", "output.dense"]
+    assert styles == dict.fromkeys(columns, "ColwiseParallel") | dict.fromkeys(rows, "RowwiseParallel")
+    with pytest.raises(SystemExit, match="--parallel tensor: EncoderLayer has no linears"):
+        parallel.split(fastformer.nn.EncoderLayer(8, 2))
+
+
+def test_clip_gradients() -> None:
+    parallel = importlib.import_module("parallel")
+    clipped, stock = (torch.nn.Linear(3, 2) for _ in range(2))
+    for model in (clipped, stock):
+        for i, parameter in enumerate(model.parameters()):
+            parameter.grad = torch.arange(1.0, parameter.numel() + 1).view_as(parameter) + i
+    parallel.clip_gradients(clipped, 0.5)
+    torch.nn.utils.clip_grad_norm_(stock.parameters(), 0.5)
+    for x, y in zip(clipped.parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(x.grad, y.grad)
