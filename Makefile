@@ -106,12 +106,13 @@ wheel: build
 
 $(READY_214): Makefile
 	$(PYTHON) -m venv .venv-torch214
-	.venv-torch214/bin/python $(PIP_INSTALL) torch==2.14.1 numpy safetensors
+	.venv-torch214/bin/python $(PIP_INSTALL) torch==2.14.1 numpy safetensors pytest hypothesis
 	@touch $@
 
 torch214: build $(READY_214)
 	$(BIN)/python tests/packaging/two_torches.py save build/two_torches.pt
 	.venv-torch214/bin/python tests/packaging/two_torches.py compare build/two_torches.pt
+	.venv-torch214/bin/python -m pytest -q tests/packaging/test_cuda_library.py  # the CUDA library, too, where it is built
 
 clean:
 	rm -rf build dist *.egg-info fastformer/*.so fastformer/*library_not_built.txt

@@ -120,9 +120,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
                                    const std::optional<Tensor>& mask, const Options& options) {
   const OnDeviceOf device(query);
   const int64_t value_dim = value.size(value.dim() - 1);
-  const Tensor result = new_rows(query, value_dim, query.scalar_type()), lse = new_statistics(query);
   ForwardArgs args = {args_of(query, key, value, mask, options)};
   plan(args);
+  const Tensor result = new_rows(query, value_dim, query.scalar_type()), lse = new_statistics(query);
   args.output = output(result), args.lse = statistics(lse);
   args.part_stride_output = lse.numel() * value_dim, args.part_stride_lse = lse.numel();
   std::optional<Tensor> part_output, part_lse;  // (parts, ...), each part laid out as the result
@@ -149,11 +149,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
                                             const Tensor& result, const Tensor& lse, const Options& options) {
   const OnDeviceOf device(query);
   const int64_t last = query.dim() - 1;
+  BackwardArgs args = {args_of(query, key, value, mask, options)};
   const Tensor grad_query = new_rows(query, query.size(last), query.scalar_type());
   const Tensor grad_key = new_rows(key, key.size(last), key.scalar_type());
   const Tensor grad_value = new_rows(value, value.size(last), value.scalar_type());
   const Tensor delta = new_statistics(query);
-  BackwardArgs args = {args_of(query, key, value, mask, options)};
   args.grad_output = input(grad_output), args.lse = statistics(lse), args.delta = statistics(delta);
   args.grad_query = output(grad_query), args.grad_key = output(grad_key), args.grad_value = output(grad_value);
   const DeltaArgs delta_args = {.count = lse.numel(), .heads = args.heads, .rows = to_int(lse.size(lse.dim() - 1)),

@@ -11,14 +11,16 @@ from types import ModuleType
 
 import pytest
 import torch
+from cases import CASES
 from torch._subclasses import FakeTensorMode
 
 import fastformer
-from fastformer import cuda_library, ops
+from fastformer import backends, cuda_library, ops
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = Path(cuda_library.__file__)
 LIBRARY = SOURCE.with_name("libfastformer_cuda.so")
+DEVICE_TYPE = "fastformer_cuda::device_type"
 
 
 def setup_version(**environment: str) -> subprocess.CompletedProcess:
@@ -70,15 +72,31 @@ class TestBuiltLibrary:
     def test_loads_in_any_torch(self):
         assert cuda_library.why_unavailable() is None
 
+    def test_every_op_is_registered(self):
+        names = {
+            schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("fastformer_cuda::")
+        }
+        ops = {op for op in backends.OPS if "cuda" in backends.declared(op)}
+        assert names == {f"fastformer_cuda::{op}{suffix}" for op in ops for suffix in ("", "_backward")} | {DEVICE_TYPE}
+        for name in names - {DEVICE_TYPE}:
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"), name
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "Meta"), name
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-    def test_traced(self, dtype):
+    @pytest.mark.parametrize("name", [name for name, case in CASES.items() if "cuda" in backends.declared(case.op)])
+    def test_traced(self, name, dtype, recorder):
         """Shapes, dtypes and devices of what the ops return, without a GPU."""
-        with FakeTensorMode(), fastformer.backend("cuda", strict=True):
-            x, weight = torch.empty(2, 5, 768, device="cuda", dtype=dtype), torch.empty(768, device="cuda")
-            output = ops.layer_norm(x, 768, weight)
-            assert (output.shape, output.dtype, output.device) == (x.shape, dtype, x.device)
-            output, s = ops.add_layer_norm(x, x.float(), 768, weight, dropout_p=0.1)
-            assert output.dtype == s.dtype == torch.float32
+        case = CASES[name]
+        with fastformer.backend("torch"):
+            expected = [(x.shape, x.dtype) for x in case(**case.tensors(dtype))]
+        with FakeTensorMode(), fastformer.backend("cuda", strict=True), recorder:
+            tensors = {key: torch.empty(shape, device="cuda", dtype=dtype) for key, shape in case.shapes.items()}
+            options = {key: x.to("cuda") if isinstance(x, torch.Tensor) else x for key, x in case.options().items()}
+            outputs = getattr(ops, case.op)(**tensors, **options)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        assert f"fastformer_cuda::{case.op}" in recorder.names()
+        assert [(x.shape, x.dtype) for x in outputs] == expected
+        assert {x.device.type for x in outputs} == {"cuda"}
 
     @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
     def test_tensors_of_another_device(self):

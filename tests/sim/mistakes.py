@@ -14,8 +14,12 @@ MATMUL_BF16, MATMUL_F16 = (
     ("tests/sim/test_cuda_matmul.py", "-k", f"(four_steps or split or bank or many_rows) and {dtype}")
     for dtype in ("dtype1", "dtype2")
 )
-ATTENTION_BF16 = ("tests/sim/test_cuda_attention.py", "-k", "(many_tiles or orders or Split) and dtype1")
+ATTENTION_F32, ATTENTION_BF16 = (
+    ("tests/sim/test_cuda_attention.py", "-k", f"(many_tiles or orders or Split) and {dtype}")
+    for dtype in ("dtype0", "dtype1")
+)
 HIDDEN_BF16 = ("tests/sim/test_cuda_attention.py", "-k", "not_finite and dtype1 or masked_whole or bank")
+LARGE = ("tests/sim/test_cuda_large.py",)
 
 # The text stands once in the function.
 MISTAKES = {
@@ -101,11 +105,109 @@ MISTAKES = {
         "the output keeps its old maximum": ("out[j][2 * half] *= rescale;", ""),
         "the last key is hidden": ("key >= begin && key < end &&", "key >= begin && key < end - 1 &&"),
         "the parts' log-sum-exps go to one place": (" + part * args.part_stride_lse", ""),
+        "a query head reads another key head": (
+            "first_head / (args.heads / args.kv_heads)", "first_head % args.kv_heads",
+        ),
+        "a block of keys has the dropout of another": (
+            "Kept* const from = kept_of_blocks + start / 64 % 2 * kRows", "Kept* const from = kept_of_blocks",
+        ),
     },
     (HIDDEN_BF16, "attention_bf16.cu", "attention_forward.h", "forward_kernel("): {
         "a row that is NaN is not taken again": ("if (!(lanes & 15) || row >= rows) continue;", "continue;"),
+        "no barrier where there was no tile": (
+            "// where there was no tile: for the rows that others have copied here\n  __syncthreads();", "",
+        ),
     },
     (ATTENTION_BF16, "attention_bf16.cu", "attention_forward.h", "combine_kernel("): {
         "all parts weigh the same": ("weight = exponential<T>(x - finite_maximum(m))", "weight = 1"),
+        "the log-sum-exp of the parts is that of the largest": ("log_sum_exp<T>(m, l)", "log_sum_exp<T>(m, 1)"),
+    },
+    (ATTENTION_BF16, "attention_bf16.cu", "attention_visible.h", "struct Band {"): {
+        "the last diagonal is hidden": ("key - query <= highest", "key - query < highest"),
+    },
+    (ATTENTION_BF16, "attention_bf16.cu", "attention_visible.h", "Band band_of("): {
+        "the window is not at the last key": ("offset = keys - queries", "offset = 0"),
+    },
+    (ATTENTION_BF16, "attention_bf16.cu", "attention_visible.h", "Columns visible_columns("): {
+        "tiles that are seen in part count as whole": ("min(end, first + band.highest + 1)",
+                                                       "min(end, last + band.highest + 1)"),
+        "the last keys' tile is left out": ("min(end, last + band.highest + 1)", "min(end, last + band.highest)"),
+    },
+    (ATTENTION_BF16, "attention_bf16.cu", "attention_visible.h", "void add_mask("): {
+        "the mask's sum is lost": ("scores[j][e] += mask_value", "scores[j][e] += 0 * mask_value"),
+    },
+    (ATTENTION_BF16, "attention_bf16.cu", "attention_visible.h", "void draw_kept("): {
+        "dropout's counter is of another block": ("block * 16 + lane % 16", "block * 64 + lane % 16"),
+    },
+    (ATTENTION_BF16, "attention_bf16.cu", "attention_tiles.h", "const T* first, int left) {"): {
+        "a row behind the last is read": ("row < left ?", "row <= left ?"),
+    },
+    (ATTENTION_BF16, "attention_bf16.cu", "attention_tiles.h", "void store_rows("): {
+        "no barrier of the warp between writing and reading its rows": (
+            "  __syncwarp();\n  constexpr int kChunks", "  constexpr int kChunks",
+        ),
+    },
+    (ATTENTION_BF16, "attention_bf16.cu", "attention_tiles.h", "void multiply_transposed("): {
+        "a wrong register of a fragment": ("b0[2] = {pairs[0], pairs[1]}", "b0[2] = {pairs[0], pairs[2]}"),
+    },
+    (ATTENTION_BF16, "attention_bf16.cu", "attention_tiles.h", "void multiply("): {
+        "values are read untransposed": ("ptx::ldmatrix<4, true>(pairs", "ptx::ldmatrix<4>(pairs"),
+    },
+    (HIDDEN_BF16, "attention_bf16.cu", "attention_tiles.h", "int chunk_at("): {
+        "no swizzle": ("more ^ row / (8 / kPermuted) % kPermuted ^", "more ^"),
+    },
+    (ATTENTION_F32, "attention_f32.cu", "attention_tiles.h", "void multiply("): {
+        "no barrier of the warp between writing and reading an operand": (
+            "  __syncwarp();\n#pragma unroll 1", "#pragma unroll 1",
+        ),
+        "no barrier of the warp in front of the next operand": (
+            "    __syncwarp();\n#pragma unroll\n    for (int j", "#pragma unroll\n    for (int j",
+        ),
+    },
+    (ATTENTION_BF16, "attention_bf16.cu", "attention_backward.h", "delta_kernel("): {
+        "a lane's columns are summed once": ("column += 32", "column += 64"),
+    },
+    (ATTENTION_BF16, "attention_bf16.cu", "attention_backward.h", "    grad_key_value_kernel("): {
+        "a tile is not waited for": ("cp_async_wait<0>();\n      __sync", "cp_async_wait<1>();\n      __sync"),
+        "no barrier after a tile has come": (
+            "__syncthreads();  // this tile has come, and nobody reads the one before it any more", "",
+        ),
+        "the last tile of queries is left out": ("index < groups * tiles; ++index",
+                                                 "index < groups * tiles - 1; ++index"),
+        "the mask is lost to the keys' gradient": ("mask_shows(args.mask, mask_at(0, row, column))", "true"),
+        "one head of a group is all": ("groups = args.heads / args.kv_heads", "groups = 1"),
+        "the keys' gradient is not scaled": ("grad_key[j][e] *= args.scale", "grad_key[j][e] *= 1"),
+        "dropout's counter is of another block": (
+            "stage * kQueries, args.dropout, first / 64", "stage * kQueries, args.dropout, first / 128",
+        ),
+        "dropout forgets the probabilities' gradient": ("drop(ds[j][e], j, e) - ", "ds[j][e] - "),
+        "the log-sum-exp is of the other stage": (
+            "lse = lse_of_stages + stage * kQueries", "lse = lse_of_stages + (stage ^ 1) * kQueries",
+        ),
+    },
+    (HIDDEN_BF16, "attention_bf16.cu", "attention_backward.h", "    grad_key_value_kernel("): {
+        "no barrier where there was no tile": (
+            "// where there was no tile: for the rows that others have copied here\n  __syncthreads();", "",
+        ),
+    },
+    (ATTENTION_BF16, "attention_bf16.cu", "attention_backward.h", "    grad_query_kernel("): {
+        "the last tile of keys is left out": ("start < columns.end; start", "start + kKeys < columns.end; start"),
+        "the mask is lost to the queries' gradient": (
+            "mask_shows(args.mask, mask_at[half] + key * args.mask.stride_column)", "true",
+        ),
+        "a query head reads another key head": ("head / (args.heads / args.kv_heads)", "head % args.kv_heads"),
+        "the queries' gradient is not scaled": ("grad_query[j][e] *= args.scale", "grad_query[j][e] *= 1"),
+        "delta is not subtracted": (" - delta[half];", ";"),
+    },
+    (LARGE, "attention_bf16.cu", "attention_tiles.h", "T* row_of("): {
+        "a row's offset is a 32-bit number": ("row * x.stride_row", "int(row * x.stride_row)"),
+    },
+    (LARGE, "matmul_bf16.cu", "matmul_kernels.h", "static __device__ __forceinline__ void copy("): {
+        "a row's offset is a 32-bit number": (
+            "(first_row + row) * operand.stride", "int((first_row + row) * operand.stride)",
+        ),
+    },
+    (LARGE, "layer_norm.cu", "layer_norm.h", "forward_kernel("): {
+        "a row's offset is a 32-bit number": ("row * a.residual.stride", "int(row * a.residual.stride)"),
     },
 }  # fmt: skip

@@ -1,10 +1,10 @@
 """Planted mistakes that the tests on the simulator must find (docs/sim.md): do the tests test?
 
-    python tests/sim/mutations.py [--only WORD] [--write]
+    python tests/sim/mutations.py [--only WORD] [--missing] [--write]
 
 Each mistake goes into a copy of csrc/cuda. The tests run on it in one layer after the other until one fails: as the
 threads come, in reverse with lazy copies, under AddressSanitizer, under ThreadSanitizer; in each of them they pass
-without a mistake first. --write puts the table into docs/sim.md.
+without a mistake first. --write puts what was found into the table of docs/sim.md, a line after the other.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def run_tests(variant: str, options: str, tests: tuple[str, ...], folder: Path |
     """The first test that fails on the library in that folder, or None."""
     environment = os.environ | build_sim.environment(variant, folder)
     environment |= {"FASTFORMER_BACKEND": "cuda", "FASTFORMER_SIM": options, "OMP_NUM_THREADS": "1", "COLUMNS": "1000"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", "-p", "no:cacheprovider", *tests]
+    # -s: what a sanitizer says when it ends the program is heard.
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "--tb=no", "-p", "no:cacheprovider", *tests]
     try:
         run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
@@ -107,24 +108,45 @@ def caught_by(mutation: Mutation) -> tuple[str, str] | None:
     return None
 
 
+BEGIN, END = "<!-- mutations -->\n", "<!-- end of mutations -->"
+NOT_RUN = "not run yet"
+
+
+def table() -> dict[tuple[str, str], tuple[str, str]]:
+    """Of docs/sim.md: (file, mistake) -> (layer, test or report)."""
+    text = PAGE.read_text().split(BEGIN)[1].split(END)[0]
+    cells = [line.strip("| ").split(" | ") for line in text.splitlines()[2:]]
+    return {(file, what): (layer, "".join(test)) for file, what, layer, *test in cells}
+
+
+def write(found: dict[tuple[str, str], tuple[str, str]]) -> None:
+    """The table with what was found just now; the other lines stay."""
+    lines = ["| file | mistake | layer | test or report |", "| --- | --- | --- | --- |"]
+    known = table() | found
+    for m in MUTATIONS:
+        lines.append(f"| {m.file} | {m.what} | {' | '.join(known.get((m.file, m.what), (NOT_RUN, '')))} |")
+    head, rest = PAGE.read_text().split(BEGIN)
+    PAGE.write_text(head + BEGIN + "\n".join(lines) + "\n" + END + rest.split(END)[1])
+
+
 def main(
     only: Annotated[str, typer.Option(help="only those whose file or description has this in it")] = "",
-    write: Annotated[bool, typer.Option(help="put the table into docs/sim.md")] = False,
+    missing: Annotated[bool, typer.Option(help="only those that docs/sim.md has no result of")] = False,
+    write_page: Annotated[bool, typer.Option("--write", help="put the results into docs/sim.md")] = False,
 ) -> None:
     chosen = [m for m in MUTATIONS if only in f"{m.file} {m.what}"]
-    lines, missed = [], 0
+    if missing:
+        known = table()
+        chosen = [m for m in chosen if known.get((m.file, m.what), (NOT_RUN,))[0] == NOT_RUN]
+    missed = 0
     for mutation in chosen:
         found = caught_by(mutation)
         missed += found is None
         layer, test = found or ("nothing", "")
         print(f"{mutation.file}: {mutation.what}: {layer} {test}", flush=True)
-        test = test.removeprefix("tests/")
-        lines.append(f"| {mutation.file} | {mutation.what} | {layer} | {test and f'`{test}`'} |")
-    if write:
-        begin, end = "<!-- mutations -->\n", "<!-- end of mutations -->"
-        head, rest = PAGE.read_text().split(begin)
-        block = ["| file | mistake | layer | test or report |", "| --- | --- | --- | --- |", *lines]
-        PAGE.write_text(head + begin + "\n".join(block) + "\n" + end + rest.split(end)[1])
+        if write_page:
+            test = test.removeprefix("tests/")
+            write({(mutation.file, mutation.what): (layer, test and f"`{test}`")})
     raise typer.Exit(missed > 0)
 
 

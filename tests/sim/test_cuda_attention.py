@@ -53,8 +53,12 @@ def test_largest_head_size_is_the_declared_one():
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_many_tiles(dtype):
     """5 to 40 tiles of keys and of queries, the last ones not full."""
-    given = tensors(1, 1, 130, 283, 64, 40, dtype)
+    given = tensors(1, 2, 130, 283, 64, 40, dtype, kv_heads=1)
     assert_attention_close(given, window_size=(200, 30))
+    mask = torch.randn(130, 283).masked_fill(torch.rand(130, 283) < 0.2, -torch.inf)
+    assert_attention_close(given, mask, dropout_p=0.2)
+    # The last key that the last row of a tile sees is the first of its tile.
+    assert_attention_close(tensors(1, 1, 64, 65, 16, 16, dtype), window_size=(-1, 0))
 
 
 @pytest.mark.parametrize("size", [64, 128])
@@ -135,6 +139,11 @@ class TestSkippedTiles:
             assert with_mask.mma == without.mma > 0
             if kind != "of each query" and word != "attention_grad_key_value":  # whole tiles of 64 and 32 keys
                 assert with_mask.copied_bytes <= without.copied_bytes + 2 * 58 * 64 * 2
+
+    def test_masked_whole_for_all(self):
+        """No tile at all, for any warp."""
+        given = tensors(1, 1, 64, 64, 64, 64, torch.bfloat16)
+        assert not any(x.any() for x in gradients(given, attn_mask=torch.zeros(64, dtype=torch.bool)))
 
 
 @pytest.mark.parametrize("size", [64, 128, 256])
