@@ -77,8 +77,11 @@ def cases(device: torch.device, scale: Scale, backends: list[str]) -> Iterator[C
 
 
 def fused(call: Call, device: torch.device, backends: list[str]) -> dict[str, Function]:
+    """On each of the backends that have a kernel for the op."""
     return {
-        f"fastformer {name}": fastformer.backend(name, strict=True)(call.bind(call.fused, device)) for name in backends
+        f"fastformer {name}": fastformer.backend(name, strict=True)(call.bind(call.fused, device))
+        for name in backends
+        if name in fastformer.backends.declared(call.op)
     }
 
 

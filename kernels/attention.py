@@ -4,8 +4,8 @@ A tensor is addressed as (sequence, head, row, column): padded (B, H, S, D) as i
 stride 0 whose first rows are in cu_seq. A query sees the keys of a band of diagonals: lowest <= key - query <= highest.
 Causality (aligned to the top left), a window (to the bottom right) and both together are such a band.
 
-The columns of a head are a tuple of one or two tiles, whose sizes are powers of two: 80 columns are 64 and 16, and not
-128 of which 48 would be multiplied for nothing.
+The columns of a head are a tuple of tiles, whose sizes are powers of two: 80 columns are 64 and 16, and not 128 of
+which 48 would be multiplied for nothing.
 
 Scores are kept in units of log2: exp(x) = exp2(x log2(e)).
 """
@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastformer import reference
-from fastformer.kernels.configs import float32_precision
+from fastformer.kernels.configs import float32_precision, target
 from fastformer.kernels.philox import dropout_keeps
 
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -68,10 +68,16 @@ def row_pointer(x, sequence, head, row):
 
 
 @triton.jit
+def rows_from(pointer, x, ROWS: tl.constexpr):
+    """(ROWS, 1) pointers to the rows from the one at `pointer` on."""
+    return pointer + tl.arange(0, ROWS)[:, None].to(tl.int64) * x.stride_row
+
+
+@triton.jit
 def tile_of_rows(pointer, x, ROWS: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr):
     """The pointers to (ROWS, BLOCK) elements from the row at `pointer` and column FIRST on, their rows and columns."""
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)[None, :] + FIRST
-    return pointer + row.to(tl.int64) * x.stride_row + column.to(tl.int64) * x.stride_column, row, column
+    return rows_from(pointer, x, ROWS) + column.to(tl.int64) * x.stride_column, row, column
 
 
 @triton.jit
@@ -124,6 +130,25 @@ def dot_of_rows(a, b, PRECISION: tl.constexpr):
     product = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)
     for i in tl.static_range(1, len(a)):
         product = tl.dot(a[i], tl.trans(b[i]), product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def dot_in_turns(
+    a_rows, a_inside, a, b_rows, b_inside, b, SIZE: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr
+):
+    """`dot_of_rows`, but each tile of columns is loaded when its turn has come: for heads that registers don't hold.
+
+    Args:
+        a_rows, b_rows: pointers to the rows, (rows, 1).
+        a_inside, b_inside: (rows, 1); the others are 0.
+    """
+    product = tl.zeros((a_rows.shape[0], b_rows.shape[0]), tl.float32)
+    for i in tl.static_range(len(BLOCKS)):
+        column = tl.arange(0, BLOCKS[i])[None, :] + i * BLOCKS[0]
+        x = tl.load(a_rows + column.to(tl.int64) * a.stride_column, mask=a_inside & (column < SIZE), other=0.0)
+        y = tl.load(b_rows + column.to(tl.int64) * b.stride_column, mask=b_inside & (column < SIZE), other=0.0)
+        product = tl.dot(x, tl.trans(y), product, input_precision=PRECISION)
     return product
 
 
@@ -319,11 +344,26 @@ def padded_size(size: int) -> int:
     return max(triton.next_power_of_2(size), 16)
 
 
-def head_blocks(size: int) -> tuple[int, ...]:
-    """Columns of the one or two tiles that hold a head: 64 and 16 for 80."""
+def reloads(size: int) -> bool:
+    """Do the kernels load the rows that stay anew in every turn, a tile of a head's columns at a time? RDNA's lanes
+    hold each element of an operand twice, and have no room for a wide head."""
+    return target().startswith("gfx1") and padded_size(size) > 64
+
+
+def widest_tile(size: int, dtype: torch.dtype) -> int:
+    """Columns of a tile at most, for heads of `size` columns."""
+    if reloads(size):
+        return 32 if dtype == torch.float32 else 64
+    return 256
+
+
+def head_blocks(size: int, most: int) -> tuple[int, ...]:
+    """Columns of the tiles that hold a head, at most `most`, all but the last one equal: 64 and 16 for 80."""
     padded = padded_size(size)
-    first, rest = padded // 2, padded_size(size - padded // 2)
-    return (first, rest) if rest < first else (padded,)
+    first = min(padded // 2, most)
+    count = triton.cdiv(size, first)
+    last = padded_size(size - (count - 1) * first)
+    return (padded,) if padded <= most and last >= first else (first,) * (count - 1) + (last,)
 
 
 def call_of(
@@ -347,6 +387,8 @@ def call_of(
     packed = cu_seq_q is not None
     heads, kv_heads = query.shape[1], key.shape[1]
     far = FAR.value
+    widest = max(query.shape[-1], value.shape[-1])
+    most = widest_tile(widest, query.dtype)
     arguments = {
         "query": rows(query),
         "key": rows(key),
@@ -369,8 +411,9 @@ def call_of(
         "dropout_scale": 1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
         "HEAD_SIZE": query.shape[-1],
         "VALUE_SIZE": value.shape[-1],
-        "BLOCKS_D": head_blocks(query.shape[-1]),
-        "BLOCKS_DV": head_blocks(value.shape[-1]),
+        "BLOCKS_D": head_blocks(query.shape[-1], most),
+        "BLOCKS_DV": head_blocks(value.shape[-1], most),
+        "RELOADS": reloads(widest),
         "BANDED": is_causal or window_left >= 0 or window_right >= 0,
         "MASK_PER_QUERY": attn_mask is not None and attn_mask.shape[2] > 1 and attn_mask.stride(2) != 0,
     }

@@ -27,23 +27,26 @@ from fastformer.kernels.attention import (
     Call,
     add_product,
     band,
+    dot_in_turns,
     dot_of_rows,
     dropout_keeps_each,
     dropout_keeps_tile,
+    head_blocks,
     hide,
     keys_of_mask,
     load_mask,
     load_rows,
-    padded_size,
     row_pointer,
     row_statistics,
     rows,
+    rows_from,
     scaled,
     sequence_rows,
     skip_whole,
     store_rows,
     visible,
     visible_tiles,
+    widest_tile,
     zero_rows,
 )
 from fastformer.kernels.configs import Config, pick, shared_memory, target
@@ -99,7 +102,7 @@ def grad_key_value_kernel(
     window_right, causal_right, scale, seed, dropout_threshold, dropout_scale,
     HEAD_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, BLOCKS_D: tl.constexpr, BLOCKS_DV: tl.constexpr,
     PART_SIZE: tl.constexpr, VALUE_PART_SIZE: tl.constexpr, BLOCKS_PART: tl.constexpr, BLOCKS_VALUE_PART: tl.constexpr,
-    BANDED: tl.constexpr, MASK_PER_QUERY: tl.constexpr, PRECISION: tl.constexpr,
+    BANDED: tl.constexpr, MASK_PER_QUERY: tl.constexpr, RELOADS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
     """dK and dV, or the columns of them that query_part and grad_output_part have: None where it is all."""
@@ -110,8 +113,12 @@ def grad_key_value_kernel(
     if first >= keys:
         return
     key_row, left = first_key + first, keys - first
-    k = load_rows(row_pointer(key, sequence, kv_head, key_row), key, left, BLOCK_N, HEAD_SIZE, BLOCKS_D, True)
-    v = load_rows(row_pointer(value, sequence, kv_head, key_row), value, left, BLOCK_N, VALUE_SIZE, BLOCKS_DV, True)
+    k_pointer, v_pointer = row_pointer(key, sequence, kv_head, key_row), row_pointer(value, sequence, kv_head, key_row)
+    if RELOADS:
+        k_rows, v_rows = rows_from(k_pointer, key, BLOCK_N), rows_from(v_pointer, value, BLOCK_N)
+    else:
+        k = load_rows(k_pointer, key, left, BLOCK_N, HEAD_SIZE, BLOCKS_D, True)
+        v = load_rows(v_pointer, value, left, BLOCK_N, VALUE_SIZE, BLOCKS_DV, True)
     key_index = first + tl.arange(0, BLOCK_N)[:, None]
     lowest, highest = band(queries, keys, window_left, window_right, causal_right)
     first_begin, first_whole, end_whole, last_end = visible_tiles(
@@ -146,9 +153,13 @@ def grad_key_value_kernel(
                 row = first_query + start
                 q_pointer = row_pointer(query, sequence, head, row)
                 do_pointer = row_pointer(grad_output, sequence, head, row)
-                q = load_rows(q_pointer, query, queries - start, BLOCK_M, HEAD_SIZE, BLOCKS_D, CHECKED)
-                do = load_rows(do_pointer, grad_output, queries - start, BLOCK_M, VALUE_SIZE, BLOCKS_DV, CHECKED)
-                q_part, do_part = q, do
+                if RELOADS:
+                    q_rows, do_rows = rows_from(q_pointer, query, BLOCK_M), rows_from(do_pointer, grad_output, BLOCK_M)
+                    q_inside = start + tl.arange(0, BLOCK_M)[:, None] < queries
+                else:
+                    q = load_rows(q_pointer, query, queries - start, BLOCK_M, HEAD_SIZE, BLOCKS_D, CHECKED)
+                    do = load_rows(do_pointer, grad_output, queries - start, BLOCK_M, VALUE_SIZE, BLOCKS_DV, CHECKED)
+                    q_part, do_part = q, do
                 if query_part is not None:
                     q_pointer = row_pointer(query_part, sequence, head, row)
                     do_pointer = row_pointer(grad_output_part, sequence, head, row)
@@ -169,7 +180,13 @@ def grad_key_value_kernel(
                 if any_seen:
                     if seed is not None:  # in every turn: else the 20 words made of it stay in registers, too many
                         bits = tl.load(seed, volatile=True)
-                    scores = dot_of_rows(k, q, PRECISION) * (scale * LOG2E)  # (BLOCK_N, BLOCK_M)
+                    if RELOADS:
+                        scores = dot_in_turns(
+                            k_rows, key_index < keys, key, q_rows, q_inside, query, HEAD_SIZE, BLOCKS_D, PRECISION
+                        )
+                    else:
+                        scores = dot_of_rows(k, q, PRECISION)
+                    scores *= scale * LOG2E  # (BLOCK_N, BLOCK_M)
                     if CHECKED:
                         scores = hide(scores, seen, values)
                     p = tl.exp2(scores - m)
@@ -183,14 +200,20 @@ def grad_key_value_kernel(
                         else:
                             kept = dropout_keeps_each(bits, dropout_threshold, query_index, key_index, head, sequence)
                         dropped = tl.where(kept, p * dropout_scale, 0.0)
-                    dv = add_product(dv, dropped.to(do[0].dtype), do_part, PRECISION)
-                    dp = dot_of_rows(v, do, PRECISION)
+                    dv = add_product(dv, dropped.to(do_part[0].dtype), do_part, PRECISION)
+                    if RELOADS:
+                        dp = dot_in_turns(
+                            v_rows, key_index < keys, value, do_rows, q_inside, grad_output, VALUE_SIZE, BLOCKS_DV,
+                            PRECISION,
+                        )  # fmt: skip
+                    else:
+                        dp = dot_of_rows(v, do, PRECISION)
                     if seed is not None:
                         dp = tl.where(kept, dp * dropout_scale, 0.0)
                     ds = p * (dp - d)
                     if CHECKED:
                         ds = tl.where(seen, ds, 0.0)  # dp may be anything where nothing is seen
-                    dk = add_product(dk, ds.to(q[0].dtype), q_part, PRECISION)
+                    dk = add_product(dk, ds.to(q_part[0].dtype), q_part, PRECISION)
     store_rows(row_pointer(grad_key, sequence, kv_head, key_row), grad_key, scaled(dk, scale), left, PART_SIZE)
     store_rows(row_pointer(grad_value, sequence, kv_head, key_row), grad_value, dv, left, VALUE_PART_SIZE)
 
@@ -201,7 +224,7 @@ def grad_query_kernel(
     total_queries, total_keys, tiles, heads, groups, window_left, window_right, causal_right, scale, seed,
     dropout_threshold, dropout_scale,
     HEAD_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, BLOCKS_D: tl.constexpr, BLOCKS_DV: tl.constexpr,
-    BANDED: tl.constexpr, MASK_PER_QUERY: tl.constexpr, PRECISION: tl.constexpr,
+    BANDED: tl.constexpr, MASK_PER_QUERY: tl.constexpr, RELOADS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -212,9 +235,12 @@ def grad_query_kernel(
     if first >= queries:
         return
     row, left = first_query + first, queries - first
-    q = load_rows(row_pointer(query, sequence, head, row), query, left, BLOCK_M, HEAD_SIZE, BLOCKS_D, True)
-    do_pointer = row_pointer(grad_output, sequence, head, row)
-    do = load_rows(do_pointer, grad_output, left, BLOCK_M, VALUE_SIZE, BLOCKS_DV, True)
+    q_pointer, do_pointer = row_pointer(query, sequence, head, row), row_pointer(grad_output, sequence, head, row)
+    if RELOADS:
+        q_rows, do_rows = rows_from(q_pointer, query, BLOCK_M), rows_from(do_pointer, grad_output, BLOCK_M)
+    else:
+        q = load_rows(q_pointer, query, left, BLOCK_M, HEAD_SIZE, BLOCKS_D, True)
+        do = load_rows(do_pointer, grad_output, left, BLOCK_M, VALUE_SIZE, BLOCKS_DV, True)
     m = load_lse(row_pointer(lse, sequence, head, row), lse, left, BLOCK_M)[:, None]
     d = load_delta(row_pointer(delta, sequence, head, row), delta, left, BLOCK_M)[:, None]
     kv_head = head // groups
@@ -245,8 +271,12 @@ def grad_query_kernel(
             start = skip_whole(loop_start, whole_begin, whole_end) if CHECKED else loop_start
             k_pointer = row_pointer(key, sequence, kv_head, first_key + start)
             v_pointer = row_pointer(value, sequence, kv_head, first_key + start)
-            k = load_rows(k_pointer, key, keys - start, BLOCK_N, HEAD_SIZE, BLOCKS_D, CHECKED)
-            v = load_rows(v_pointer, value, keys - start, BLOCK_N, VALUE_SIZE, BLOCKS_DV, CHECKED)
+            if RELOADS:
+                k_rows, v_rows = rows_from(k_pointer, key, BLOCK_N), rows_from(v_pointer, value, BLOCK_N)
+                k_inside = start + tl.arange(0, BLOCK_N)[:, None] < keys
+            else:
+                k = load_rows(k_pointer, key, keys - start, BLOCK_N, HEAD_SIZE, BLOCKS_D, CHECKED)
+                v = load_rows(v_pointer, value, keys - start, BLOCK_N, VALUE_SIZE, BLOCKS_DV, CHECKED)
             key_index = start + tl.arange(0, BLOCK_N)[None, :]
             any_seen = True
             if CHECKED:
@@ -255,24 +285,37 @@ def grad_query_kernel(
                 if MASK_PER_QUERY:
                     any_seen = tl.max(seen.to(tl.int32)) > 0
             if any_seen:
-                scores = dot_of_rows(q, k, PRECISION) * (scale * LOG2E)  # (BLOCK_M, BLOCK_N)
+                if RELOADS:
+                    scores = dot_in_turns(
+                        q_rows, query_index < queries, query, k_rows, k_inside, key, HEAD_SIZE, BLOCKS_D, PRECISION
+                    )
+                else:
+                    scores = dot_of_rows(q, k, PRECISION)
+                scores *= scale * LOG2E  # (BLOCK_M, BLOCK_N)
                 if CHECKED:
                     scores = hide(scores, seen, values)
                 p = tl.exp2(scores - m)
-                dp = dot_of_rows(do, v, PRECISION)
+                if RELOADS:
+                    dp = dot_in_turns(
+                        do_rows, query_index < queries, grad_output, v_rows, k_inside, value, VALUE_SIZE, BLOCKS_DV,
+                        PRECISION,
+                    )  # fmt: skip
+                else:
+                    dp = dot_of_rows(do, v, PRECISION)
                 if seed is not None:
                     kept = dropout_keeps_tile(bits, dropout_threshold, start, BLOCK_N, query_index, head, sequence)
                     dp = tl.where(kept, dp * dropout_scale, 0.0)
                 ds = p * (dp - d)
                 if CHECKED:
                     ds = tl.where(seen, ds, 0.0)  # dp may be anything where nothing is seen
+                if RELOADS:
+                    k = load_rows(k_pointer, key, keys - start, BLOCK_N, HEAD_SIZE, BLOCKS_D, CHECKED)
                 dq = add_product(dq, ds.to(k[0].dtype), k, PRECISION)
     store_rows(row_pointer(grad_query, sequence, head, row), grad_query, scaled(dq, scale), left, HEAD_SIZE)
 
 
 # By kind of GPU and padded head size, the larger one of key and value: (BLOCK_M, BLOCK_N, num_warps). With dropout
-# where it has no row of its own, too. Best guess first, unmeasured: the largest tiles whose registers don't spill; but
-# gfx11's do for 256, and for 128 in float32 or with groups of heads: its tensor cores want each operand twice.
+# where it has no row of its own, too. Best guess first, unmeasured: the largest tiles whose registers don't spill.
 # The last one has room for the loop over a group of heads and for a mask of each query's own.
 _Tiles = dict[str, dict[int, list[tuple[int, int, int]]]]
 _KEY_VALUE: _Tiles = {
@@ -284,11 +327,12 @@ _KEY_VALUE: _Tiles = {
     "sm_120": {64: [(32, 128, 8), (16, 64, 4)], 128: [(32, 64, 8), (16, 64, 8)], 256: [(16, 32, 8)]},
     "sm_120 dropout": {64: [(16, 64, 4), (16, 64, 8)], 128: [(32, 64, 8), (16, 64, 8)], 256: [(16, 32, 8)]},
     "gfx9": {64: [(32, 64, 4), (16, 64, 4)], 128: [(16, 64, 8)], 256: [(16, 32, 4)]},
-    "gfx11": {64: [(16, 32, 4)], 128: [(16, 16, 2)], 256: [(16, 16, 8)]},
+    "gfx11": {64: [(16, 32, 4)], 128: [(16, 32, 8)], 256: [(16, 32, 8)]},
+    "gfx11 dropout": {64: [(16, 32, 4)], 128: [(16, 32, 8)], 256: [(16, 16, 8)]},
     "float32": {64: [(16, 32, 8)], 128: [(16, 32, 8)], 256: [(16, 16, 8)]},
     "tf32x3": {64: [(16, 32, 8)], 128: [(16, 16, 8)]},
     "gfx9 float32": {64: [(16, 64, 4), (16, 32, 4)], 128: [(16, 32, 4)], 256: [(16, 16, 4)]},
-    "gfx11 float32": {64: [(16, 16, 8)], 128: [(16, 16, 16)], 256: [(16, 16, 8)]},
+    "gfx11 float32": {64: [(16, 16, 8)], 128: [(16, 32, 8), (16, 16, 8)], 256: [(16, 16, 8)]},
 }
 _QUERY: _Tiles = {
     "sm_80": {64: [(128, 64, 8), (64, 64, 4)], 128: [(128, 32, 8), (64, 64, 8)], 256: [(32, 64, 8)]},
@@ -299,12 +343,12 @@ _QUERY: _Tiles = {
     "sm_120": {64: [(128, 64, 8), (64, 64, 4)], 128: [(128, 32, 8), (64, 64, 8)], 256: [(32, 64, 8)]},
     "sm_120 dropout": {64: [(128, 64, 8), (64, 64, 4)], 128: [(64, 64, 8)], 256: [(32, 64, 8)]},
     "gfx9": {64: [(64, 64, 4)], 128: [(64, 64, 4)], 256: [(32, 32, 4)]},
-    "gfx11": {64: [(64, 16, 4)], 128: [(32, 16, 4)], 256: [(16, 16, 8)]},
+    "gfx11": {64: [(64, 16, 4)], 128: [(64, 32, 8), (32, 16, 4)], 256: [(32, 16, 4), (16, 16, 8)]},
     "float32": {64: [(64, 32, 8), (32, 32, 8)], 128: [(16, 64, 8), (16, 32, 8)], 256: [(16, 16, 8)]},
     "float32 dropout": {64: [(32, 64, 8), (16, 64, 8)], 128: [(16, 64, 8), (16, 32, 8)], 256: [(16, 16, 8)]},
     "tf32x3": {64: [(32, 16, 8)], 128: [(16, 16, 8)]},
     "gfx9 float32": {64: [(32, 32, 4), (16, 32, 4)], 128: [(16, 32, 4)], 256: [(16, 16, 4)]},
-    "gfx11 float32": {64: [(16, 16, 8)], 128: [(16, 16, 8)], 256: [(16, 16, 8)]},
+    "gfx11 float32": {64: [(16, 16, 8)], 128: [(16, 32, 8), (16, 16, 8)], 256: [(16, 16, 8)]},
 }
 
 
@@ -336,9 +380,7 @@ def _configs(call: Call, table: _Tiles) -> list[Config]:
 
 def _columns(call: Call) -> int:
     """Of dK and dV, in one program: as many as the registers hold beside what gives the probabilities."""
-    if target() != "interpreter" and _kind(call) == "gfx11":
-        return 64 if call.padded_size <= 64 else 32
-    return 64 if call.padded_size > 128 else 128
+    return 64 if call.padded_size > 128 and not call.arguments["RELOADS"] else 128
 
 
 def attention_backward(
@@ -377,7 +419,8 @@ def attention_backward(
     tiles = triton.cdiv(call.max_keys, config.tiles["BLOCK_N"])
     if programs := tiles * call.kv_heads * call.sequences:
         widest = max(call.arguments["HEAD_SIZE"], call.arguments["VALUE_SIZE"])
-        whole = call.padded_size <= columns
+        alone = call.padded_size <= columns and not call.arguments["RELOADS"]
+        most = widest_tile(widest, call.dtype)
         for first in range(0, widest, columns):
             part = slice(first, first + columns)
             dk, dv = grad_key[..., part], grad_value[..., part]
@@ -385,12 +428,12 @@ def attention_backward(
                 **arguments,
                 grad_key=rows(dk),
                 grad_value=rows(dv),
-                query_part=None if whole else rows(call.arguments["query"].data[..., part]),
-                grad_output_part=None if whole else rows(grad_output[..., part]),
+                query_part=None if alone else rows(call.arguments["query"].data[..., part]),
+                grad_output_part=None if alone else rows(grad_output[..., part]),
                 PART_SIZE=dk.shape[-1],
                 VALUE_PART_SIZE=dv.shape[-1],
-                BLOCKS_PART=call.arguments["BLOCKS_D"] if whole else (padded_size(dk.shape[-1]),),
-                BLOCKS_VALUE_PART=call.arguments["BLOCKS_DV"] if whole else (padded_size(dv.shape[-1]),),
+                BLOCKS_PART=head_blocks(dk.shape[-1], most),
+                BLOCKS_VALUE_PART=head_blocks(dv.shape[-1], most),
                 tiles=tiles,
                 kv_heads=call.kv_heads,
                 **config.arguments(),

@@ -22,6 +22,7 @@ from fastformer.kernels.attention import (
     Call,
     add_product,
     band,
+    dot_in_turns,
     dot_of_rows,
     hide,
     keys_of_mask,
@@ -31,6 +32,7 @@ from fastformer.kernels.attention import (
     row_pointer,
     row_statistics,
     rows,
+    rows_from,
     scaled,
     sequence_rows,
     visible,
@@ -57,8 +59,8 @@ def attention_decode_kernel(
     parts, part_keys, part_stride_output, part_stride_lse, heads, groups, window_left, window_right, causal_right,
     scale, seed, dropout_threshold, dropout_scale,
     HEAD_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, BLOCKS_D: tl.constexpr, BLOCKS_DV: tl.constexpr,
-    BANDED: tl.constexpr, MASK_PER_QUERY: tl.constexpr, MASK_PER_HEAD: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HOIST_Q: tl.constexpr,
+    BANDED: tl.constexpr, MASK_PER_QUERY: tl.constexpr, MASK_PER_HEAD: tl.constexpr, RELOADS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HOIST_Q: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     kv_heads = heads // groups
@@ -69,11 +71,13 @@ def attention_decode_kernel(
     query_index, head = row // groups, kv_head * groups + row % groups
     inside = query_index < queries
     q_rows = row_pointer(query, sequence, head, first_query + query_index)[:, None]
-    q = ()
-    for i in tl.static_range(len(BLOCKS_D)):
-        column = tl.arange(0, BLOCKS_D[i])[None, :] + i * BLOCKS_D[0]
-        q_pointers = q_rows + column.to(tl.int64) * query.stride_column
-        q += (tl.load(q_pointers, mask=inside[:, None] & (column < HEAD_SIZE), other=0.0),)
+    q = None
+    if not RELOADS:
+        q = ()
+        for i in tl.static_range(len(BLOCKS_D)):
+            column = tl.arange(0, BLOCKS_D[i])[None, :] + i * BLOCKS_D[0]
+            q_pointers = q_rows + column.to(tl.int64) * query.stride_column
+            q += (tl.load(q_pointers, mask=inside[:, None] & (column < HEAD_SIZE), other=0.0),)
 
     begin = part * part_keys
     end = tl.minimum(begin + part_keys, keys)
@@ -95,20 +99,26 @@ def attention_decode_kernel(
     for start in tl.range(begin, end, BLOCK_N, disable_licm=not HOIST_Q):
         k_pointer = row_pointer(key, sequence, kv_head, first_key + start)
         v_pointer = row_pointer(value, sequence, kv_head, first_key + start)
-        k = load_rows(k_pointer, key, end - start, BLOCK_N, HEAD_SIZE, BLOCKS_D, True)
+        if not RELOADS:
+            k = load_rows(k_pointer, key, end - start, BLOCK_N, HEAD_SIZE, BLOCKS_D, True)
         v = load_rows(v_pointer, value, end - start, BLOCK_N, VALUE_SIZE, BLOCKS_DV, True)
         key_index = start + tl.arange(0, BLOCK_N)[None, :]
         values = load_mask(mask_pointer, mask, query_index[:, None], key_index, queries, end, MASK_PER_QUERY)
         seen = visible(query_index[:, None], key_index, end, lowest, highest, values, BANDED)
-        scores = hide(dot_of_rows(q, k, PRECISION) * scale, seen, values)
+        if RELOADS:
+            k_rows, k_inside = rows_from(k_pointer, key, BLOCK_N), start + tl.arange(0, BLOCK_N)[:, None] < end
+            scores = dot_in_turns(q_rows, inside[:, None], query, k_rows, k_inside, key, HEAD_SIZE, BLOCKS_D, PRECISION)
+        else:
+            scores = dot_of_rows(q, k, PRECISION)
+        scores = hide(scores * scale, seen, values)
         p, rescale, m, l = online_softmax(scores, tl.max(scores, 1), m, l)
         acc = add_product(scaled(acc, rescale[:, None]), p.to(v[0].dtype), v, PRECISION)
 
     if any_nan(acc):
         acc = without_hidden_values(
-            q, m, key, value, mask, mask_pointer, sequence, head, kv_head, first_key, begin, end, query_index[:, None],
-            queries, lowest, highest, scale, None, 0, HEAD_SIZE, VALUE_SIZE, BLOCKS_D, BLOCKS_DV, BANDED,
-            MASK_PER_QUERY, PRECISION,
+            q, q_rows, m, query, key, value, mask, mask_pointer, sequence, head, kv_head, first_key, begin, end,
+            query_index[:, None], queries, lowest, highest, scale, None, 0, HEAD_SIZE, VALUE_SIZE, BLOCKS_D, BLOCKS_DV,
+            BANDED, MASK_PER_QUERY, PRECISION,
         )  # fmt: skip
 
     acc = scaled(acc, tl.where(l == 0, 0.0, 1 / l)[:, None])
@@ -150,8 +160,8 @@ def _configs(call: Call) -> list[Config]:
     if target() == "interpreter":
         return [Config({"BLOCK_N": 32})]
     float32 = call.dtype == torch.float32
-    if target().startswith("gfx1"):  # spills for heads of more than 128, in float32 of more than 64
-        return [Config({"BLOCK_N": 16}, num_warps=8 if float32 else 4, num_stages=3)]
+    if target().startswith("gfx1"):
+        return [Config({"BLOCK_N": 16}, num_warps=8 if float32 else 4, num_stages=3 if size <= 64 else 1)]
     if float32 and target().startswith("gfx"):
         return [Config({"BLOCK_N": 16}, num_warps=8, num_stages=2)]
     if float32:

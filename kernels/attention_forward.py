@@ -21,6 +21,7 @@ from fastformer.kernels.attention import (
     Call,
     add_product,
     band,
+    dot_in_turns,
     dot_of_rows,
     dropout_keeps_tile,
     hide,
@@ -30,6 +31,7 @@ from fastformer.kernels.attention import (
     row_pointer,
     row_statistics,
     rows,
+    rows_from,
     scaled,
     sequence_rows,
     skip_whole,
@@ -68,27 +70,36 @@ def online_softmax(scores, tile_maximum, m, l):
 
 @triton.jit
 def without_hidden_values(
-    q, m, key, value, mask, mask_pointer, sequence, head, kv_head, first_key, begin, end, query_index, queries, lowest,
-    highest, scale, seed, dropout_threshold,
+    q, q_rows, m, query, key, value, mask, mask_pointer, sequence, head, kv_head, first_key, begin, end, query_index,
+    queries, lowest, highest, scale, seed, dropout_threshold,
     HEAD_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, BLOCKS_D: tl.constexpr, BLOCKS_DV: tl.constexpr,
     BANDED: tl.constexpr, MASK_PER_QUERY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The sum of the values again, for a tile whose sum is NaN: of a key or value that is seen, or only because the 0
     of a hidden key was multiplied by a value that is not finite. Those are left out; for one that is seen, NaN.
 
-    The maximum m of each row is known. Few keys at a time, so that this takes no more registers than the first pass.
+    The maximum m of each row is known; q is None where it is to be loaded from q_rows. Few keys at a time, so that
+    this takes no more registers than the first pass.
     """
     KEYS: tl.constexpr = 16
-    acc = zero_rows(q[0].shape[0], BLOCKS_DV)
+    acc = zero_rows(m.shape[0], BLOCKS_DV)
     for start in tl.range(begin, end, KEYS, num_stages=1, disable_licm=True):
         k_pointer = row_pointer(key, sequence, kv_head, first_key + start)
         v_pointer = row_pointer(value, sequence, kv_head, first_key + start)
-        k = load_rows(k_pointer, key, end - start, KEYS, HEAD_SIZE, BLOCKS_D, True)
+        if q is not None:
+            k = load_rows(k_pointer, key, end - start, KEYS, HEAD_SIZE, BLOCKS_D, True)
         v = load_rows(v_pointer, value, end - start, KEYS, VALUE_SIZE, BLOCKS_DV, True)
         key_index = start + tl.arange(0, KEYS)[None, :]
         values = load_mask(mask_pointer, mask, query_index, key_index, queries, end, MASK_PER_QUERY)
         seen = visible(query_index, key_index, end, lowest, highest, values, BANDED)
-        scores = hide(dot_of_rows(q, k, PRECISION) * scale, seen, values)
+        if q is None:
+            k_rows, key_row = rows_from(k_pointer, key, KEYS), tl.arange(0, KEYS)[:, None]
+            scores = dot_in_turns(
+                q_rows, query_index < queries, query, k_rows, key_row < end - start, key, HEAD_SIZE, BLOCKS_D, PRECISION
+            )
+        else:
+            scores = dot_of_rows(q, k, PRECISION)
+        scores = hide(scores * scale, seen, values)
         p = tl.exp2(scores - finite_maximum(m)[:, None])
         if seed is not None:
             keeps = dropout_keeps_tile(tl.load(seed), dropout_threshold, start, KEYS, query_index, head, sequence)
@@ -124,7 +135,7 @@ def attention_forward_kernel(
     query, key, value, mask, output, lse, cu_seq_q, cu_seq_k, cu_stride_q, cu_stride_k, total_queries, total_keys,
     tiles, heads, groups, window_left, window_right, causal_right, scale, seed, dropout_threshold, dropout_scale,
     HEAD_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, BLOCKS_D: tl.constexpr, BLOCKS_DV: tl.constexpr,
-    BANDED: tl.constexpr, MASK_PER_QUERY: tl.constexpr, PRECISION: tl.constexpr,
+    BANDED: tl.constexpr, MASK_PER_QUERY: tl.constexpr, RELOADS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HOIST_Q: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -135,12 +146,14 @@ def attention_forward_kernel(
     if first >= queries:
         return
     kv_head = head // groups
-    q = load_rows(
-        row_pointer(query, sequence, head, first_query + first), query, queries - first, BLOCK_M, HEAD_SIZE, BLOCKS_D,
-        True,
-    )  # fmt: skip
-    q = turned(q, scale < 0)  # so that a row's maximum can be taken before the scale
-    scale = tl.abs(scale) * LOG2E
+    q_pointer = row_pointer(query, sequence, head, first_query + first)
+    q, q_rows = None, rows_from(q_pointer, query, BLOCK_M)
+    if RELOADS:
+        scale *= LOG2E
+    else:
+        q = load_rows(q_pointer, query, queries - first, BLOCK_M, HEAD_SIZE, BLOCKS_D, True)
+        q = turned(q, scale < 0)  # so that a row's maximum can be taken before the scale
+        scale = tl.abs(scale) * LOG2E
     query_index = first + tl.arange(0, BLOCK_M)[:, None]
 
     begin, end = keys * 0, keys
@@ -167,12 +180,17 @@ def attention_forward_kernel(
             loop_begin, loop_end = begin, end - (whole_end - whole_begin)
         # Loads are only fetched ahead of a product under a condition where the number of stages is written out.
         for loop_start in tl.range(
-            loop_begin, loop_end, BLOCK_N, num_stages=2 if MASK_PER_QUERY else None, disable_licm=not HOIST_Q
+            loop_begin,
+            loop_end,
+            BLOCK_N,
+            num_stages=2 if MASK_PER_QUERY and not RELOADS else None,
+            disable_licm=not HOIST_Q,
         ):
             start = skip_whole(loop_start, whole_begin, whole_end) if CHECKED else loop_start
             k_pointer = row_pointer(key, sequence, kv_head, first_key + start)
             v_pointer = row_pointer(value, sequence, kv_head, first_key + start)
-            k = load_rows(k_pointer, key, keys - start, BLOCK_N, HEAD_SIZE, BLOCKS_D, CHECKED)
+            if not RELOADS:
+                k = load_rows(k_pointer, key, keys - start, BLOCK_N, HEAD_SIZE, BLOCKS_D, CHECKED)
             v = load_rows(v_pointer, value, keys - start, BLOCK_N, VALUE_SIZE, BLOCKS_DV, CHECKED)
             any_seen = True
             if CHECKED:
@@ -182,9 +200,17 @@ def attention_forward_kernel(
                 if MASK_PER_QUERY:
                     any_seen = tl.max(seen.to(tl.int32)) > 0
             if any_seen:
-                scores = dot_of_rows(q, k, PRECISION)  # (BLOCK_M, BLOCK_N)
-                if CHECKED:
-                    scores = hide(scores * scale, seen, values)
+                if RELOADS:
+                    k_rows, k_inside = rows_from(k_pointer, key, BLOCK_N), start + tl.arange(0, BLOCK_N)[:, None] < keys
+                    scores = dot_in_turns(
+                        q_rows, query_index < queries, query, k_rows, k_inside, key, HEAD_SIZE, BLOCKS_D, PRECISION
+                    )
+                else:
+                    scores = dot_of_rows(q, k, PRECISION)  # (BLOCK_M, BLOCK_N)
+                if CHECKED or RELOADS:
+                    scores *= scale
+                    if CHECKED:
+                        scores = hide(scores, seen, values)
                     tile_maximum = tl.max(scores, 1)
                 else:
                     tile_maximum = tl.max(scores, 1) * scale
@@ -199,9 +225,9 @@ def attention_forward_kernel(
 
     if any_nan(acc):
         acc = without_hidden_values(
-            q, m, key, value, mask, mask_pointer, sequence, head, kv_head, first_key, begin, end, query_index, queries,
-            lowest, highest, scale, seed, dropout_threshold, HEAD_SIZE, VALUE_SIZE, BLOCKS_D, BLOCKS_DV, BANDED,
-            MASK_PER_QUERY, PRECISION,
+            q, q_rows, m, query, key, value, mask, mask_pointer, sequence, head, kv_head, first_key, begin, end,
+            query_index, queries, lowest, highest, scale, seed, dropout_threshold, HEAD_SIZE, VALUE_SIZE, BLOCKS_D,
+            BLOCKS_DV, BANDED, MASK_PER_QUERY, PRECISION,
         )  # fmt: skip
 
     acc = scaled(acc, tl.where(l == 0, 0.0, dropout_scale / l)[:, None])
@@ -212,45 +238,45 @@ def attention_forward_kernel(
 
 
 # (BLOCK_M, BLOCK_N, num_warps, num_stages) by the padded head size, the larger one of key and value: the best guess
-# first. Not measured: chosen so that nothing spills (but RDNA at 256 does) and that the shared memory is there on every
+# first. Not measured: chosen so that nothing spills and that the shared memory is there on every
 # GPU of the family.
 _PLAIN = {
     "mma": {64: [(128, 64, 8, 2), (128, 32, 8, 2)], 128: [(128, 32, 8, 2), (64, 64, 8, 2)], 256: [(64, 32, 8, 2)]},
     "wgmma": {64: [(128, 128, 8, 2), (128, 64, 8, 3)], 128: [(128, 64, 8, 2), (64, 64, 8, 2)], 256: [(64, 32, 8, 2)]},
     "cdna": {64: [(128, 64, 4, 2), (64, 64, 4, 2)], 128: [(64, 64, 4, 2)], 256: [(64, 32, 4, 2)]},
-    "rdna": {64: [(64, 32, 8, 2), (32, 16, 8, 2)], 128: [(32, 16, 8, 2)], 256: [(16, 16, 8, 2)]},
+    "rdna": {64: [(64, 32, 8, 2), (32, 16, 8, 2)], 128: [(64, 32, 8, 1), (32, 16, 8, 1)], 256: [(16, 16, 4, 1)]},
     "float32": {64: [(32, 32, 8, 2), (32, 64, 8, 2)], 128: [(16, 64, 16, 2), (16, 32, 8, 2)], 256: [(16, 32, 16, 2)]},
     "float32 cdna": {64: [(64, 32, 8, 2)], 128: [(32, 32, 4, 2)], 256: [(32, 16, 4, 2)]},
-    "float32 rdna": {64: [(16, 16, 8, 2)], 128: [(16, 16, 16, 2)], 256: [(16, 16, 16, 2)]},
+    "float32 rdna": {64: [(16, 16, 8, 2)], 128: [(16, 16, 8, 1)], 256: [(16, 16, 8, 1)]},
     "tf32x3": {64: [(32, 32, 8, 2)], 128: [(16, 64, 8, 2)]},
 }
 _DROPOUT = {  # its words are drawn for 64 keys at once, or for each key by itself
     "mma": {64: [(64, 64, 8, 2)], 128: [(64, 64, 8, 2)], 256: [(32, 64, 8, 1)]},
     "wgmma": {64: [(128, 64, 8, 3), (64, 64, 8, 2)], 128: [(64, 64, 8, 2)], 256: [(32, 64, 8, 1)]},
     "cdna": {64: [(64, 64, 4, 2), (128, 64, 4, 2)], 128: [(64, 64, 4, 2)], 256: [(32, 64, 4, 1)]},
-    "rdna": {64: [(32, 16, 8, 2)], 128: [(32, 16, 8, 2)], 256: [(16, 16, 8, 2)]},
+    "rdna": {64: [(32, 16, 8, 2)], 128: [(32, 16, 8, 1)], 256: [(16, 16, 4, 1)]},
     "float32": {64: [(16, 64, 8, 2)], 128: [(16, 64, 16, 2)], 256: [(16, 32, 16, 2)]},
     "float32 cdna": {64: [(16, 64, 8, 2)], 128: [(32, 32, 4, 2)], 256: [(32, 16, 4, 2)]},
-    "float32 rdna": {64: [(16, 16, 8, 2)], 128: [(16, 16, 16, 2)], 256: [(16, 16, 16, 2)]},
+    "float32 rdna": {64: [(16, 16, 8, 2)], 128: [(16, 16, 8, 1)], 256: [(16, 16, 8, 1)]},
     "tf32x3": {64: [(16, 64, 8, 2)], 128: [(16, 64, 8, 2)]},
 }
 _MASK_PER_QUERY = {
     "mma": {64: [(128, 32, 8, 2)], 128: [(64, 32, 8, 2)], 256: [(64, 32, 8, 2)]},
     "wgmma": {64: [(128, 64, 8, 3), (128, 32, 8, 2)], 128: [(64, 64, 8, 2)], 256: [(64, 32, 8, 2)]},
     "cdna": {64: [(64, 64, 4, 2), (128, 64, 4, 2)], 128: [(64, 64, 4, 2)], 256: [(64, 32, 4, 2)]},
-    "rdna": {64: [(64, 32, 8, 2), (32, 16, 8, 2)], 128: [(32, 16, 8, 2)], 256: [(16, 16, 8, 2)]},
+    "rdna": {64: [(64, 32, 8, 2), (32, 16, 8, 2)], 128: [(32, 16, 8, 1)], 256: [(16, 16, 4, 1)]},
     "float32": {64: [(32, 32, 8, 2)], 128: [(16, 32, 8, 2)], 256: [(16, 16, 8, 2)]},
     "float32 cdna": {64: [(32, 32, 8, 2)], 128: [(16, 32, 8, 2)], 256: [(16, 16, 8, 2)]},
-    "float32 rdna": {64: [(16, 16, 8, 2)], 128: [(16, 16, 16, 2)], 256: [(16, 16, 16, 2)]},
+    "float32 rdna": {64: [(16, 16, 8, 2)], 128: [(16, 16, 8, 1)], 256: [(16, 16, 8, 1)]},
     "tf32x3": {64: [(32, 32, 8, 2)], 128: [(16, 32, 8, 2)]},
 }
 
 
 def hoists_query(call: Call) -> bool:
     """May it be in registers as an operand throughout the loop? Not where a thread would have whole rows of it, which
-    spill: without tensor cores, and with RDNA's, whose lanes hold every element twice."""
+    spill, as without tensor cores."""
     if target().startswith("gfx1"):
-        return call.padded_size <= 64
+        return not call.arguments["RELOADS"]
     return call.dtype != torch.float32 or call.precision != "ieee"
 
 

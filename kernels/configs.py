@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
 
 from fastformer import tuning
@@ -29,9 +31,13 @@ class Config:
 
 def target() -> str:
     """What the kernels are compiled for: "sm_90", "gfx942", or "interpreter"."""
-    if TRITON_DEVICE == "cpu":
-        return "interpreter"
-    current = driver.active.get_current_target()
+    return "interpreter" if TRITON_DEVICE == "cpu" else _target(driver.active, torch.cuda.current_device())
+
+
+@functools.cache
+def _target(driver: DriverBase, device: int) -> str:
+    """Of the current device: each is asked once, as AMD's answer takes its time."""
+    current = driver.get_current_target()
     return f"sm_{current.arch}" if current.backend == "cuda" else current.arch
 
 

@@ -110,6 +110,18 @@ def test_speeds_and_chart(dry_run: tuple, gpu_bench, tmp_path: Path, capsys: pyt
     assert not gpu_bench.is_right(content)
 
 
+def test_backends_of_an_op(gpu_bench) -> None:
+    """A contender for each that has a kernel for it; one that has none is no failure."""
+    from gpu_cases import TINY, rows
+
+    contenders = {
+        case.group: case.contenders for case in rows(torch.device("cpu"), torch.float32, TINY, ["triton", "cuda"])
+    }
+    assert "fastformer cuda" in contenders["linear"] and "fastformer triton" in contenders["linear"]
+    assert "fastformer cuda" not in contenders["linear_cross_entropy"]
+    assert "fastformer triton" in contenders["linear_cross_entropy"]
+
+
 def test_wrong_results_are_found(gpu_bench) -> None:
     from gpu_cases import Case
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -150,6 +151,25 @@ class TestFile:
         monkeypatch.setenv("FASTFORMER_TUNED", "/proc/tuned.json")
         with pytest.raises(OSError):
             record("layer_norm", "torch", X, None)
+
+
+class TestTarget:
+    @pytest.mark.parametrize("backend, arch, name", [("cuda", 90, "sm_90"), ("hip", "gfx1100", "gfx1100")])
+    def test_each_device_is_asked_once(self, backend, arch, name, monkeypatch):
+        configs = pytest.importorskip("fastformer.kernels.configs")
+        asked = []
+
+        class Driver:
+            def get_current_target(self):
+                asked.append(torch.cuda.current_device())
+                return SimpleNamespace(backend=backend, arch=arch)
+
+        monkeypatch.setattr(configs, "TRITON_DEVICE", "cuda")
+        monkeypatch.setattr(configs.driver, "_active", Driver())
+        for device in (0, 1, 0, 1):
+            monkeypatch.setattr(torch.cuda, "current_device", lambda device=device: device)
+            assert configs.target() == name
+        assert asked == [0, 1]
 
 
 class TestPick:

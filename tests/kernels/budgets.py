@@ -14,7 +14,7 @@ from fastformer.kernels import configs
 
 FILE = Path(__file__).with_name("budgets.json")
 
-# registers, shared, and the instruction of its dots; stack and spills only where a person has put them there.
+# registers, shared, and the instruction of its dots; stack and spills are 0 for all.
 Budget = dict[str, int | str]
 
 
@@ -58,7 +58,7 @@ def _named(kernels: Iterable[Kernel]) -> dict[str, Kernel]:
 def faults(target: str, kind: str, facts: Facts, budget: Budget | None) -> list[str]:
     """What is wrong with a kernel, in words; without a budget, only what holds for every kernel."""
     most = configs.shared_memory(target)
-    limits = {"stack": 0, "spills": 0, "shared": most} | (budget or {})
+    limits = {"shared": most} | (budget or {}) | {"stack": 0, "spills": 0}
     limits["shared"] = min(limits["shared"], most)
     found = [
         f"{name}: {getattr(facts, name)}, at most {limit} allowed"

@@ -35,6 +35,9 @@ MISTAKES = {
     (TILES, "attention.py", "dot_of_rows"): {
         "a head's second tile is left out of the scores": ("range(1, len(a))", "range(1, 1)"),
     },
+    (TILES, "attention.py", "dot_in_turns"): {
+        "a tile of a wide head has the columns of the first": ("[None, :] + i * BLOCKS[0]", "[None, :]"),
+    },
     (MASKS, "attention.py", "load_mask"): {
         "float masks are not in units of log2": ("values * LOG2E", "values"),
     },

@@ -14,7 +14,7 @@ from fastformer import reference
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs on Triton's interpreter", allow_module_level=True)
 
-from fastformer.kernels import attention_decode
+from fastformer.kernels import attention, attention_decode
 from fastformer.kernels import attention_forward as forward_module
 from fastformer.kernels.attention import call_of, head_blocks
 from fastformer.kernels.attention_decode import attention_decode as decode
@@ -154,7 +154,7 @@ class TestTwoTiles:
 
     def test_blocks(self, size, value_size):
         sizes = {20: (32,), 40: (32, 16), 80: (64, 16), 96: (64, 32), 144: (128, 16)}
-        assert (head_blocks(size), head_blocks(value_size)) == (sizes[size], sizes[value_size])
+        assert (head_blocks(size, 256), head_blocks(value_size, 256)) == (sizes[size], sizes[value_size])
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("options", [{}, {"is_causal": True, "dropout_p": 0.2}], ids=str)
@@ -178,6 +178,54 @@ class TestTwoTiles:
             given, output, lse = call(query, key, value, mask)
             attention_forward(given, output, lse)
             assert output.isnan().nonzero().tolist() == nans
+
+
+class TestReloads:
+    """Rows that stay, loaded in every turn anew, a tile of their columns at a time: as for wide heads on RDNA."""
+
+    @pytest.fixture(autouse=True)
+    def reloads(self, monkeypatch):
+        monkeypatch.setattr(attention, "reloads", lambda size: True)
+
+    @pytest.mark.parametrize("size", [1, 16, 64, 72, 80, 100, 128, 160, 200, 256])
+    @pytest.mark.parametrize("most", [32, 64])
+    def test_blocks(self, size, most):
+        """All but the last equal, none too large, none for nothing."""
+        *whole, last = head_blocks(size, most)
+        assert len(set(whole)) <= 1 and last <= most and sum(whole) < size <= sum(whole) + last
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("size, value_size", [(80, 80), (96, 20), (200, 24)], ids=str)
+    @pytest.mark.parametrize(
+        "options",
+        [{"scale": -0.3}, {"is_causal": True, "dropout_p": 0.2}, {"mask": True, "window_size": (9, 12)}],
+        ids=str,
+    )
+    def test_op(self, size, value_size, dtype, options):
+        mask = randn(1, 2, 37, 41).to(dtype) if "mask" in options else None
+        options = {name: option for name, option in options.items() if name != "mask"}
+        with fastformer.backend("triton", strict=True):
+            assert_attention_close(tensors(2, 2, 37, 41, size, value_size, dtype, kv_heads=1), mask, **options)
+
+    @pytest.mark.parametrize("hidden", ["nothing", "padding", "band"])
+    def test_decode(self, hidden):
+        query, key, value = randn(2, 4, 3, 80), randn(2, 2, KEYS, 80), randn(2, 2, KEYS, 40)
+        mask = padding(70, 290) if hidden == "padding" else None
+        window = (40, 3) if hidden == "band" else (-1, -1)
+        given, output, lse = call(query, key, value, mask, window)
+        assert decode(given, output, lse)
+        torch.testing.assert_close((output, lse), expected(query, key, value, mask, window))
+
+    def test_nan(self):
+        """Of a key that nobody sees: it is left out in the second pass."""
+        query, key, value = randn(1, 2, 40, 80), randn(1, 2, KEYS, 80), randn(1, 2, KEYS, 80)
+        mask = padding(290) & (torch.arange(KEYS) != 33)
+        outputs = []
+        for values in (value, value.masked_fill(~mask.mT, torch.nan)):
+            given, output, lse = call(query, key, values, mask)
+            attention_forward(given, output, lse)
+            outputs.append(output)
+        torch.testing.assert_close(outputs[1], outputs[0])
 
 
 class TestDropout:
