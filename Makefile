@@ -9,7 +9,7 @@ PEERS := .venv-peers
 # --no-compile: Python compiles the few modules that are used when it first imports them.
 PIP_INSTALL := -m pip install -qq --no-compile --disable-pip-version-check
 
-.PHONY: help setup build build-cuda verify-gpu-kernels compare test test-cpu test-triton test-full kernel-report mutations mutations-cuda lint format bench peers gpu torch214 wheel clean
+.PHONY: help setup build build-cuda verify-gpu-kernels ptx compare test test-cpu test-triton test-full kernel-report mutations mutations-cuda lint format bench peers gpu torch214 wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make peers      encoders and GPT-2 on CPUs against ONNX Runtime, OpenVINO, CTranslate2 and torch.compile (bench/results)"
 	@echo "make gpu        on an NVIDIA or AMD GPU: what it can do, are the kernels right, how fast are they (gpu.json, gpu.png)"
 	@echo "make verify-gpu-kernels   the CUDA kernels on a simulator, under checks and sanitizers"
+	@echo "make ptx        what nvcc and Triton made of the kernels, run by an interpreter: docs/ptx.md"
 	@echo "make build-cuda the library of CUDA kernels, in place; needs the CUDA toolkit, but no GPU"
 	@echo "make build      the op library, in place; make wheel puts it in dist/"
 	@echo "make torch214   the same built library in torch 2.14.1 (a large download)"
@@ -49,6 +50,10 @@ build-cuda: $(READY)
 # The CUDA kernels, compiled by g++, on a simulator under checks and sanitizers: docs/sim.md.
 verify-gpu-kernels: build
 	$(BIN)/python tests/sim/verify.py $(ARGS)
+
+# The first time nvcc compiles for some minutes; what lacks nvcc or triton is skipped.
+ptx: build
+	$(BIN)/python -m pytest tests/sim/ptx $(ARGS)
 
 compare: build
 	$(BIN)/fastformer compare $(ARGS)

@@ -1,0 +1,77 @@
+"""The kernels as nvcc and Triton compiled them: right by the accuracy rule of the ops, forward and backward, without
+a race, an access outside of a tensor, a read of what nobody wrote; in 16 bits, no bank conflict in main loops.
+"""
+
+import pytest
+import torch
+
+from fastformer import ops
+from ptx.faults import Fault
+from ptx.kernel_tests import CASES, DTYPES, running
+
+FAST = {("triton", "layer_norm", "bfloat16"), ("triton", "linear", "float16")}  # those that `make test` runs
+KNOWN = {  # what fails, and why
+    ("triton", "decode", "float32"): pytest.mark.xfail(
+        reason="combine_kernel: two lanes store to one place sums that differ in the last bit",
+        raises=Fault,
+        strict=True,
+    ),
+    **{
+        (source, "attention, mask", "float32"): pytest.mark.xfail(
+            reason="the gradient of value is off by 9.0e-7 in this draw, where 8.1e-7 are allowed",
+            raises=AssertionError,
+        )
+        for source in ("cuda", "triton")
+    },
+}
+
+
+def marks(*chosen: str) -> list:
+    return ([] if chosen in FAST else [pytest.mark.slow]) + ([KNOWN[chosen]] if chosen in KNOWN else [])
+
+
+ALL = [
+    pytest.param(source, case, dtype, marks=marks(source, case, dtype))
+    for source in ("cuda", "triton")
+    for case in CASES
+    for dtype in DTYPES
+    if source == "triton" or case != "linear_cross_entropy"
+]
+
+
+@pytest.mark.parametrize("source,case,dtype", ALL)
+def test_kernels(source, case, dtype):
+    with running(source)() as launches:
+        CASES[case](DTYPES[dtype])
+    assert len(launches) >= 2  # forward and backward
+    for launch in launches:
+        if dtype != "float32":
+            assert launch.counts.conflicts_in_main_loops == 0, launch
+        if source == "cuda":
+            assert launch.counts.same_writes == 0, launch
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["cuda", "triton"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", ["attention", "layer_norm", "linear"])
+def test_orders_give_the_same_bits(source, dtype, name):
+    """Whatever warp runs first, or all at once."""
+
+    def gradients(order: str) -> list[torch.Tensor]:
+        torch.manual_seed(3)
+        with running(source)(order=order, seed=5):
+            if name == "attention":
+                given = [torch.randn(1, 2, n, 64, dtype=DTYPES[dtype]).requires_grad_() for n in (40, 290, 290)]
+                output = ops.scaled_dot_product_attention(*given, is_causal=True, dropout_p=0.2)
+            elif name == "layer_norm":
+                given = [torch.randn(n, dtype=DTYPES[dtype]).requires_grad_() for n in ((5, 1100), (1100,), (1100,))]
+                output = ops.layer_norm(given[0], 1100, *given[1:])
+            else:
+                given = [torch.randn(n, dtype=DTYPES[dtype]).requires_grad_() for n in ((40, 170), (72, 170), (72,))]
+                output = ops.linear(*given, activation="gelu")
+            return [output.detach(), *torch.autograd.grad(output, given, torch.ones_like(output))]
+
+    results = [gradients(order) for order in ("together", "forward", "reverse", "random")]
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
