@@ -137,12 +137,12 @@ def grad_key_value_kernel(
                 whole_end = whole_begin
             else:
                 values = load_mask(mask_pointer, mask, 0, key_index, 0, keys, False)
-                seen = visible(0, key_index, keys, 0, 0, values, False)
-                plain = seen
+                shown = visible(0, key_index, keys, 0, 0, values, False)
+                plain = shown
                 if values.dtype != tl.int1:
                     plain = values == 0
                 plain |= key_index >= keys
-                end = tl.where(tl.max(seen.to(tl.int32)) > 0, end, begin)
+                end = tl.where(tl.max(shown.to(tl.int32)) > 0, end, begin)
                 whole_end = tl.where((tl.min(plain.to(tl.int32)) > 0) & (begin < end), whole_end, whole_begin)
         for CHECKED in tl.static_range(MASK_PER_QUERY, 2):  # tiles that are seen whole, then the others
             loop_begin, loop_end = whole_begin, whole_end
