@@ -5,24 +5,20 @@
 namespace fastformer {
 namespace {
 
-std::tuple<Tensor, Tensor> forward(const Tensor& input, const PackedWeight& weight1, const std::optional<Tensor>& bias1,
-                                   const PackedWeight& weight2, const std::optional<Tensor>& bias2,
-                                   Activation activation, const Dropout& hidden_dropout, const Dropout& dropout,
-                                   const std::optional<Tensor>& residual, bool save_pre_activation) {
+Tensor forward(const Tensor& input, const PackedWeight& weight1, const std::optional<Tensor>& bias1,
+               const PackedWeight& weight2, const std::optional<Tensor>& bias2, Activation activation,
+               const Dropout& hidden_dropout, const Dropout& dropout, const std::optional<Tensor>& residual) {
   const Rows x = rows_of(input);
   const DType dtype = dtype_of(input);
   const auto b1 = to_compute(bias1, dtype), b2 = to_compute(bias2, dtype);
   std::optional<Rows> r;
   if (residual) r = rows_of(*residual);
   Tensor output = empty(with_last(input, weight2.columns), input.scalar_type());
-  Tensor pre_activation =
-      empty(save_pre_activation ? with_last(input, weight1.columns) : std::vector<int64_t>{0}, input.scalar_type());
   const GemmArgs first = {
       .dtype = dtype, .rows = x.count, .columns = weight1.columns, .depth = weight1.depth,
       .a = x.data, .a_row_stride = x.stride, .a_depth_stride = 1, .b = weight1.data(),
       .b_type = weight1.type(), .bias = data(b1),
       .activation = activation, .dropout = hidden_dropout,
-      .pre_activation = save_pre_activation ? pre_activation.mutable_data_ptr() : nullptr,
       .output = nullptr, .output_stride = 0,
   };
   const GemmArgs second = {
@@ -37,6 +33,41 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const PackedWeight& weig
   const Tensor memory = empty({products.bytes()}, ScalarType::Byte);
   products.add_to(phases, static_cast<char*>(memory.mutable_data_ptr()));
   phases.run();
+  return output;
+}
+
+// For a training step, which keeps the pre-activation: (output, pre-activation).
+std::tuple<Tensor, Tensor> training_forward(const Tensor& input, const Tensor& weight1, const std::optional<Tensor>& bias1,
+                                            const Tensor& weight2, const std::optional<Tensor>& bias2,
+                                            Activation activation, const Dropout& hidden_dropout,
+                                            const Dropout& dropout, const std::optional<Tensor>& residual) {
+  const Rows x = rows_of(input);
+  const DType dtype = dtype_of(input);
+  const int64_t hidden_features = weight1.size(0), out_features = weight2.size(0);
+  const auto b1 = to_compute(bias1, dtype), b2 = to_compute(bias2, dtype);
+  std::optional<Rows> r;
+  if (residual) r = rows_of(*residual);
+  // In 16 bits the sums have memory of their own.
+  const auto sums_in = [&](const Tensor& tensor) {
+    return tensor.scalar_type() == compute_type(dtype) ? matrix(rows_of(tensor))
+                                                       : empty({x.count, tensor.size(tensor.dim() - 1)}, compute_type(dtype));
+  };
+  Tensor pre_activation = empty(with_last(input, hidden_features), input.scalar_type());
+  Tensor hidden = empty({x.count, hidden_features}, compute_type(dtype));
+  Tensor sums = sums_in(pre_activation);
+  multiply(sums, matrix(x), transposed(matrix(weight1)));
+  finish({.dtype = dtype, .rows = x.count, .columns = hidden_features, .bias = data(b1), .activation = activation,
+          .dropout = hidden_dropout, .pre_activation = pre_activation.mutable_data_ptr(),
+          .output = hidden.mutable_data_ptr(), .output_stride = hidden_features, .output_is_compute_type = true},
+         sums);
+  Tensor output = empty(with_last(input, out_features), input.scalar_type());
+  sums = sums_in(output);
+  multiply(sums, hidden, transposed(matrix(weight2)));
+  if (b2 || dropout.threshold || r || sums.const_data_ptr() != output.const_data_ptr())
+    finish({.dtype = dtype, .rows = x.count, .columns = out_features, .bias = data(b2), .dropout = dropout,
+            .residual = r ? r->data : nullptr, .residual_stride = r ? r->stride : 0,
+            .output = output.mutable_data_ptr(), .output_stride = out_features},
+           sums);
   return {output, pre_activation};
 }
 
@@ -45,9 +76,12 @@ std::tuple<Tensor, Tensor> feed_forward(Tensor input, Tensor weight1, std::optio
                                         double hidden_dropout_p, std::optional<Tensor> hidden_seed, double dropout_p,
                                         std::optional<Tensor> seed, std::optional<Tensor> residual,
                                         bool save_pre_activation) {
-  return forward(input, pack(weight1), bias1, pack(weight2), bias2, activation_of(activation),
-                 make_dropout(hidden_dropout_p, hidden_seed), make_dropout(dropout_p, seed), residual,
-                 save_pre_activation);
+  const Activation act = activation_of(activation);
+  const Dropout hidden_dropout = make_dropout(hidden_dropout_p, hidden_seed), dropout = make_dropout(dropout_p, seed);
+  if (save_pre_activation)
+    return training_forward(input, weight1, bias1, weight2, bias2, act, hidden_dropout, dropout, residual);
+  return {forward(input, pack(weight1), bias1, pack(weight2), bias2, act, hidden_dropout, dropout, residual),
+          empty({0}, input.scalar_type())};
 }
 
 Tensor packed_feed_forward(Tensor input, Tensor packed1, int64_t hidden_features, std::optional<Tensor> bias1,
@@ -56,8 +90,7 @@ Tensor packed_feed_forward(Tensor input, Tensor packed1, int64_t hidden_features
   const DType dtype = dtype_of(input);
   const PackedWeight weight1 = packed_weight(packed1, hidden_features, input.size(input.dim() - 1), dtype),
                      weight2 = packed_weight(packed2, out_features, hidden_features, dtype);
-  return std::get<0>(
-      forward(input, weight1, bias1, weight2, bias2, activation_of(activation), {}, {}, residual, false));
+  return forward(input, weight1, bias1, weight2, bias2, activation_of(activation), {}, {}, residual);
 }
 
 // The hidden activation again, from what the forward kept of it.
@@ -89,19 +122,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_backward(
                    : none;
   if (!need_input && !need_weight1 && !need_bias1) return {none, none, none, grad_weight2, grad_bias2};
 
-  Tensor grad_hidden = empty(shape_of(pre_activation), input.scalar_type());
-  const PackedWeight b = pack_transposed(weight2);
-  gemm({
-      .dtype = dtype_of(input), .rows = grad.count, .columns = b.columns, .depth = b.depth,
-      .a = grad.data, .a_row_stride = grad.stride, .a_depth_stride = 1, .b = b.data(), .bias = nullptr,
-      .activation = activation, .dropout = hidden_dropout,
-      .pre_activation = pre_activation.mutable_data_ptr(), .gradient = true,
-      .output = grad_hidden.mutable_data_ptr(), .output_stride = b.columns,
-  });
+  // In the compute type, for the products that follow.
+  Tensor grad_hidden = product(matrix(grad), matrix(weight2));
+  if (activation != Activation::none || hidden_dropout.threshold)
+    finish({.dtype = dtype_of(input), .rows = grad.count, .columns = grad_hidden.size(1), .activation = activation,
+            .dropout = hidden_dropout, .pre_activation = pre_activation.mutable_data_ptr(), .gradient = true,
+            .output = grad_hidden.mutable_data_ptr(), .output_stride = grad_hidden.size(1),
+            .output_is_compute_type = true},
+           grad_hidden);
   const Rows grad_pre = rows_of(grad_hidden);
-  return {need_input ? input_gradient(grad_pre, weight1) : none,
-          need_weight1 ? weight_gradient(grad_pre, rows_of(input)) : none,
-          need_bias1 ? bias_gradient(grad_pre) : none, grad_weight2, grad_bias2};
+  const ScalarType type = input.scalar_type();
+  Tensor grad_input = none;
+  if (need_input) {
+    grad_input = empty(shape_of(input), compute_type(dtype_of(input)));
+    multiply(matrix(rows_of(grad_input)), grad_hidden, matrix(weight1));
+  }
+  return {to_type(grad_input, type),
+          need_weight1 ? to_type(product(transposed(grad_hidden), matrix(rows_of(input))), type) : none,
+          need_bias1 ? to_type(bias_gradient(grad_pre), type) : none, grad_weight2, grad_bias2};
 }
 
 }  // namespace

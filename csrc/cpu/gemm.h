@@ -1,6 +1,8 @@
 // Matrix products on the packed weights: which thread does what.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
 #include "common.h"
 
 namespace fastformer {
@@ -42,10 +44,6 @@ inline PackedWeight pack(const Tensor& b, int64_t columns, int64_t depth, int64_
 // weight (out_features, in_features), any strides.
 inline PackedWeight pack(const Tensor& weight, std::optional<ScalarType> type = std::nullopt) {
   return pack(weight, weight.size(0), weight.size(1), weight.stride(0), weight.stride(1), type);
-}
-// For products with the transpose: weight (depth, columns).
-inline PackedWeight pack_transposed(const Tensor& weight) {
-  return pack(weight, weight.size(1), weight.size(0), weight.stride(1), weight.stride(0));
 }
 // A tensor that Python packed before, checked against the product and the instruction set in use.
 inline PackedWeight packed_weight(const Tensor& panels, int64_t columns, int64_t depth, DType dtype) {
@@ -151,30 +149,56 @@ inline void gemm_serial(GemmArgs args, int64_t begin, int64_t end, char* memory)
   kernel(args, begin, end, 0, panels, memory);
 }
 
-// output (rows, columns), contiguous, = a b for a (rows, depth) with any strides.
-inline Tensor product(const Tensor& a, int64_t rows, int64_t row_stride, int64_t depth_stride, const PackedWeight& b,
-                      const std::vector<int64_t>& shape, ScalarType type) {
-  Tensor output = empty(shape, type);
-  GemmArgs args = {
-      .dtype = dtype_of(a), .rows = rows, .columns = b.columns, .depth = b.depth,
-      .a = a.const_data_ptr(), .a_row_stride = row_stride, .a_depth_stride = depth_stride,
-      .b = b.data(), .bias = nullptr, .output = output.mutable_data_ptr(), .output_stride = b.columns,
-  };
-  gemm(args);
-  return output;
+// Products by matrices that are used but once, so by those of a training step, are torch's (MKL's, oneDNN's): they pack as
+// they go. All in the compute type.
+
+inline Tensor matrix(const void* data, ScalarType type, int64_t rows, int64_t columns, int64_t row_stride,
+                     int64_t column_stride) {
+  const int64_t sizes[] = {rows, columns}, strides[] = {row_stride, column_stride};
+  AtenTensorHandle view;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(
+      const_cast<void*>(data), 2, sizes, strides, 0, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+      aoti_torch_device_type_cpu(), 0, &view));
+  return to_type(Tensor(view), compute_type(dtype_of(type)));
+}
+inline Tensor matrix(const Rows& rows) {
+  return matrix(rows.data, rows.tensor.scalar_type(), rows.count, rows.columns, rows.stride, 1);
+}
+inline Tensor matrix(const Tensor& weight) {
+  return matrix(weight.const_data_ptr(), weight.scalar_type(), weight.size(0), weight.size(1), weight.stride(0),
+                weight.stride(1));
+}
+inline Tensor transposed(const Tensor& x) {
+  return matrix(x.const_data_ptr(), x.scalar_type(), x.size(1), x.size(0), x.stride(1), x.stride(0));
+}
+// out = a b, or out += a b
+inline void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool add = false) {
+  STABLE_TORCH_ERROR_CODE_CHECK(add ? aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1, 1)
+                                    : aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+}
+inline Tensor product(const Tensor& a, const Tensor& b) {
+  Tensor out = empty({a.size(0), b.size(1)}, a.scalar_type());
+  multiply(out, a, b);
+  return out;
+}
+// What follows a product in `args`; the sums (rows, columns) may lie where the output or the pre-activation goes.
+inline void finish(const GemmArgs& args, const Tensor& sums) {
+  parallel_rows(args.rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(args.columns, 1)),
+                [&](int64_t begin, int64_t end) { kernels().epilogue(args, begin, end, sums.const_data_ptr()); });
 }
 
 // grad_weight (out_features, in_features) = grad^T input
 inline Tensor weight_gradient(const Rows& grad, const Rows& input) {
-  const PackedWeight b = pack(input.tensor, input.columns, input.count, 1, input.stride);
-  return product(grad.tensor, grad.columns, 1, grad.stride, b, {grad.columns, input.columns},
-                 grad.tensor.scalar_type());
+  return to_type(product(transposed(matrix(grad)), matrix(input)), grad.tensor.scalar_type());
 }
 
 // grad_input (..., in_features) = grad weight
 inline Tensor input_gradient(const Rows& grad, const Tensor& weight) {
-  return product(grad.tensor, grad.count, grad.stride, 1, pack_transposed(weight),
-                 with_last(grad.tensor, weight.size(1)), grad.tensor.scalar_type());
+  const ScalarType type = grad.tensor.scalar_type();
+  const Tensor b = matrix(weight);
+  Tensor output = empty(with_last(grad.tensor, b.size(1)), b.scalar_type());
+  multiply(matrix(rows_of(output)), matrix(grad), b);
+  return to_type(output, type);
 }
 
 // grad_bias (out_features) = sum over the rows of grad

@@ -1,6 +1,5 @@
 // linear_cross_entropy: the logits of a chunk of labelled rows, their log-sum-exp and the gradients, chunk by chunk. Rows
-// without a label are never computed; a chunk's logits become their gradient in place. The threads share the slices of
-// classes, whose weights are packed in a thread's own scratch; no sum depends on the number of threads.
+// without a label are never computed; a chunk's logits become their gradient in place.
 
 #include <array>
 
@@ -31,22 +30,6 @@ struct Labelled {
   int64_t count() const { return static_cast<int64_t>(rows.size()); }
 };
 
-const void* element(const Tensor& tensor, int64_t offset) {
-  const DType dtype = dtype_of(tensor);
-  const int64_t size = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-  return static_cast<const char*>(tensor.const_data_ptr()) + offset * size;
-}
-
-// a b for all rows of a; b is packed in this thread's scratch.
-void multiply(GemmArgs product, PackArgs b) {
-  const int64_t width = panel_columns(product.dtype), panels = (b.columns + width - 1) / width;
-  const int64_t bytes = (panels * b.depth * width * compute_bytes(product.dtype) + 63) / 64 * 64;
-  char* memory = static_cast<char*>(scratch(bytes + kernels().gemm_scratch_bytes(product)));
-  product.b = b.packed = memory;
-  kernels().pack(b, 0, panels);
-  kernels().gemm(product, 0, product.rows, 0, panels, memory + bytes);
-}
-
 template <class S> class CrossEntropy {  // S: the compute type
  public:
   // The gradients, empty where not wanted.
@@ -62,10 +45,8 @@ template <class S> class CrossEntropy {  // S: the compute type
         needs_(needs), input_(rows_of(input)), weight_(linear_weight), labelled_(labelled), dtype_(dtype_of(input)),
         bias_(to_compute(linear_bias, dtype_)), class_weight_(to_compute(class_weight, dtype_)),
         smoothing_(label_smoothing), classes_(linear_weight.size(0)), features_(linear_weight.size(1)),
-        stride_(classes_ + 16),
-        width_(std::clamp<int64_t>((1 << 18) / std::max<int64_t>(features_, 1) / 64 * 64, 64, 1024)),
-        slices_((classes_ + width_ - 1) / width_), slice_weights_(slices_) {
-    for (int64_t c = 0; c < classes_; ++c) slice_weights_[c / width_] += weight_of(c);
+        stride_(classes_ + 16), slices_((classes_ + kSlice - 1) / kSlice), slice_weights_(slices_) {
+    for (int64_t c = 0; c < classes_; ++c) slice_weights_[c / kSlice] += weight_of(c);
     for (const double weight : slice_weights_) total_weight_ += weight;
   }
 
@@ -94,16 +75,14 @@ template <class S> class CrossEntropy {  // S: the compute type
         .rows = labelled_.rows.data() + first_, .output = gathered_.mutable_data_ptr(),
     };
     parallel_rows(rows_, 64, [&](int64_t begin, int64_t end) { kernels().gather_rows(gather, begin, end); });
+    for_each_weight([&](int64_t c0, const Tensor& weight) {
+      multiply(logits(c0, weight.size(0)), gathered(), transposed(weight));
+    });
+    if (!statistics && !bias_) return;
     if (statistics) statistics_.resize(3 * slices_ * rows_);
     parallel_tasks(slices_, [&](int64_t slice) {
-      const int64_t c0 = slice * width_, columns = std::min(width_, classes_ - c0);
-      S* logits = logits_.mutable_data_ptr<S>() + c0;
-      multiply({.dtype = kDType, .rows = rows_, .columns = columns, .depth = features_,
-                .a = gathered_.const_data_ptr(), .a_row_stride = features_, .a_depth_stride = 1, .b = nullptr,
-                .bias = bias_ ? bias_->template const_data_ptr<S>() + c0 : nullptr, .output = logits,
-                .output_stride = stride_},
-               {.dtype = dtype_, .columns = columns, .depth = features_, .b = element(weight_, c0 * weight_.stride(0)),
-                .b_column_stride = weight_.stride(0), .b_depth_stride = weight_.stride(1), .packed = nullptr});
+      const int64_t c0 = slice * kSlice, columns = std::min(kSlice, classes_ - c0);
+      if (bias_) add_bias(c0, columns);
       if (!statistics) return;
       CrossEntropyArgs args = slice_args(c0, columns);
       S* mine = statistics_.data() + 3 * slice * rows_;
@@ -142,10 +121,8 @@ template <class S> class CrossEntropy {  // S: the compute type
       uniform[i] = S(everywhere);
       hot[i] = S(at_target);
     }
-    std::optional<PackedWeight> gathered;
-    if (needs_[1]) gathered = pack(gathered_, features_, rows_, 1, features_);
     parallel_tasks(slices_, [&](int64_t slice) {
-      const int64_t c0 = slice * width_, columns = std::min(width_, classes_ - c0);
+      const int64_t c0 = slice * kSlice, columns = std::min(kSlice, classes_ - c0);
       std::vector<int64_t> target(rows_);
       for (int64_t i = 0; i < rows_; ++i) target[i] = labelled_.targets[first_ + i] - c0;
       CrossEntropyArgs args = slice_args(c0, columns);
@@ -156,14 +133,16 @@ template <class S> class CrossEntropy {  // S: the compute type
       args.hot = hot.data();
       args.target = target.data();
       kernels().cross_entropy_gradient(args);
-      if (needs_[1]) weight_gradient(*gathered, c0, columns);
       if (needs_[2]) bias_gradient(c0, columns);
     });
+    if (needs_[1])
+      multiply(grad_weight, transposed(logits(0, classes_)), gathered(), first_ > 0);
     if (needs_[0]) input_gradient();
   }
 
  private:
   static constexpr ScalarType kType = sizeof(S) == 8 ? ScalarType::Double : ScalarType::Float;
+  static constexpr int64_t kSlice = 1024;  // classes that are one task
   static constexpr DType kDType = sizeof(S) == 8 ? DType::f64 : DType::f32;
 
   static Tensor start(bool needed, const std::vector<int64_t>& shape, const Labelled& labelled) {
@@ -176,20 +155,30 @@ template <class S> class CrossEntropy {  // S: the compute type
             .stride = stride_, .class_weight = class_weight_ ? class_weight_->template const_data_ptr<S>() + c0 : nullptr};
   }
 
-  // The slice's rows of grad_weight (classes, features) = or += the gradient of the logits, transposed, times the rows.
-  void weight_gradient(const PackedWeight& gathered, int64_t c0, int64_t columns) {
-    S* output = grad_weight.mutable_data_ptr<S>() + c0 * features_;
-    const GemmArgs product = {
-        .dtype = kDType, .rows = columns, .columns = features_, .depth = rows_,
-        .a = logits_.const_data_ptr<S>() + c0, .a_row_stride = 1, .a_depth_stride = stride_, .b = gathered.data(),
-        .bias = nullptr, .residual = first_ ? output : nullptr, .residual_stride = features_,
-        .output = output, .output_stride = features_,
-    };
-    kernels().gemm(product, 0, columns, 0, gathered.panels.size(0), scratch(kernels().gemm_scratch_bytes(product)));
+  Tensor gathered() const { return matrix(gathered_.const_data_ptr(), kType, rows_, features_, features_, 1); }
+  Tensor logits(int64_t c0, int64_t columns) const {
+    return matrix(logits_.const_data_ptr<S>() + c0, kType, rows_, columns, stride_, 1);
+  }
+  // f(first class, weight of some classes in the compute type): of all, where nothing has to be widened for it.
+  template <class F> void for_each_weight(F f) const {
+    const int64_t most = weight_.scalar_type() == kType ? std::max<int64_t>(classes_, 1) : 4 * kSlice;
+    for (int64_t c0 = 0; c0 < classes_; c0 += most) {
+      const int64_t count = std::min(most, classes_ - c0);
+      const char* data = static_cast<const char*>(weight_.const_data_ptr()) + c0 * weight_.stride(0) * weight_.element_size();
+      f(c0, matrix(data, weight_.scalar_type(), count, features_, weight_.stride(0), weight_.stride(1)));
+    }
+  }
+
+  void add_bias(int64_t c0, int64_t columns) {
+    const S* bias = bias_->template const_data_ptr<S>() + c0;
+    for (int64_t i = 0; i < rows_; ++i) {
+      S* row = logits_.mutable_data_ptr<S>() + i * stride_ + c0;
+      for (int64_t c = 0; c < columns; ++c) row[c] += bias[c];
+    }
   }
 
   void bias_gradient(int64_t c0, int64_t columns) {
-    S sums[1024];  // width_ at most
+    S sums[kSlice];
     kernels().column_sums({.dtype = kDType, .rows = rows_, .input = logits_.const_data_ptr<S>() + c0,
                            .stride = stride_, .sums = sums},
                           0, columns);
@@ -197,26 +186,11 @@ template <class S> class CrossEntropy {  // S: the compute type
     for (int64_t c = 0; c < columns; ++c) output[c] = first_ ? output[c] + sums[c] : sums[c];
   }
 
-  // The rows of grad_input = the gradient of the logits times the weight, summed over slices of classes. A task takes some
-  // of the features.
+  // The rows of grad_input = the gradient of the logits times the weight.
   void input_gradient() {
-    constexpr int64_t kDepth = 1024;  // classes of a slice
-    const int64_t width = panel_columns(kDType), panels = (features_ + width - 1) / width;
-    const int64_t tasks = std::min<int64_t>(panels, 4 * torch::stable::get_num_threads());
     const Tensor sums = empty({rows_, features_}, kType);
-    parallel_tasks(tasks, [&](int64_t task) {
-      const int64_t f0 = panels * task / tasks * width, f1 = std::min(features_, panels * (task + 1) / tasks * width);
-      S* output = sums.mutable_data_ptr<S>() + f0;
-      for (int64_t c0 = 0; c0 < classes_; c0 += kDepth) {
-        const int64_t depth = std::min(kDepth, classes_ - c0);
-        multiply({.dtype = kDType, .rows = rows_, .columns = f1 - f0, .depth = depth,
-                  .a = logits_.const_data_ptr<S>() + c0, .a_row_stride = stride_, .a_depth_stride = 1, .b = nullptr,
-                  .bias = nullptr, .residual = c0 ? output : nullptr, .residual_stride = features_, .output = output,
-                  .output_stride = features_},
-                 {.dtype = dtype_, .columns = f1 - f0, .depth = depth,
-                  .b = element(weight_, c0 * weight_.stride(0) + f0 * weight_.stride(1)),
-                  .b_column_stride = weight_.stride(1), .b_depth_stride = weight_.stride(0), .packed = nullptr});
-      }
+    for_each_weight([&](int64_t c0, const Tensor& weight) {
+      multiply(sums, logits(c0, weight.size(0)), weight, c0 > 0);
     });
     for (int64_t i = 0; i < rows_; ++i)
       std::copy_n(sums.const_data_ptr<S>() + i * features_, features_,
@@ -231,7 +205,7 @@ template <class S> class CrossEntropy {  // S: the compute type
   std::optional<Tensor> bias_, class_weight_;
   double smoothing_;
   int64_t classes_, features_, stride_;  // stride_: of the logits' rows, a cache line off the distances that share sets
-  int64_t width_, slices_;               // width_: classes of a slice
+  int64_t slices_;
   std::vector<double> slice_weights_;    // sum of the class weights
   double total_weight_ = 0;
 

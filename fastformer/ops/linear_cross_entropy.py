@@ -88,10 +88,8 @@ def linear_cross_entropy(
     check_probability(label_smoothing=label_smoothing)
     if needs_grad(weight):
         raise NotImplementedError("weight: the weights of the classes get no gradient; pass weight.detach()")
-    # torch multiplies bfloat16 where the machine has instructions for it; the kernels compute in float32.
-    faster = input.is_cpu and input.dtype == torch.bfloat16 and library.multiplies_bfloat16()
     operands = input, linear_weight, linear_bias
-    backend = backends.choose("linear_cross_entropy", *operands, weight, torch_is_faster=faster)
+    backend = choose_backend(*operands, weight)
     if backend == "torch":
         return reference.linear_cross_entropy(
             input, linear_weight, target, linear_bias=linear_bias, weight=weight, reduction=reduction,
@@ -104,6 +102,15 @@ def linear_cross_entropy(
     else:
         loss = raw(backend).linear_cross_entropy(*arguments, False, False, False)[0]
     return loss.to(loss_dtype or input.dtype)
+
+
+def choose_backend(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, weight: Tensor | None = None
+) -> str:
+    # torch multiplies bfloat16 where the machine has instructions for it; the kernels compute in float32.
+    faster = input.is_cpu and input.dtype == torch.bfloat16 and library.multiplies_bfloat16()
+    operands = input, linear_weight, linear_bias, weight
+    return backends.choose("linear_cross_entropy", *operands, torch_is_faster=faster)
 
 
 def _check_target(target: Tensor, input: Tensor) -> None:
@@ -160,8 +167,9 @@ def _backward(ctx, grad_loss, *grads_of_what_is_saved):
         options = ctx.ignore_index, ctx.label_smoothing
         grads = raw(ctx.backend).linear_cross_entropy_backward(grad_loss, *ctx.saved_tensors, *options, *needs)
     else:
-        needs = ctx.computed
-        grads = (grad * grad_loss for grad in ctx.saved_tensors)
+        needs, grads = ctx.computed, ctx.saved_tensors
+        if not (type(grad_loss) is Tensor and grad_loss.is_cpu and grad_loss == 1):
+            grads = (grad * grad_loss for grad in grads)
     grad_input, grad_weight, grad_bias = (
         grad.to(dtype) if need else None for grad, dtype, need in zip(grads, ctx.dtypes, needs, strict=True)
     )

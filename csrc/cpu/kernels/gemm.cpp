@@ -118,11 +118,11 @@ template <class S, class B, bool ACCUMULATE> static auto* row_tile_for(int64_t s
   return step > 64 ? row_tile<S, B, ACCUMULATE, 2> : row_tile<S, B, ACCUMULATE, 1>;
 }
 
-// acc (rows, panel) = or += a b for one panel and depths [k0, k1); before(begin, end) and after(begin, end) around each tile
-// of rows in its last step. b of 16 bits, B, is widened once for many tiles.
-template <class S, class B, class Before, class After>
+// acc (rows, panel) = or += a b for one panel and depths [k0, k1); done(begin, end) for each tile of rows after its
+// last step. b of 16 bits, B, is widened once for many tiles.
+template <class S, class B, class Done>
 FF_INLINE void panel_product(int64_t rows, int64_t k0, int64_t k1, const S* a, int64_t lda, const B* b, S* widened,
-                             S* acc, Before before, After after) {
+                             S* acc, Done done) {
   constexpr int64_t kW = kPanel<S>;
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   const auto steps = [&]<class Block>(const Block* block, int64_t k, int64_t depth) {
@@ -133,9 +133,8 @@ FF_INLINE void panel_product(int64_t rows, int64_t k0, int64_t k1, const S* a, i
     const bool last = k + depth >= k1;
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t i = rows * t / tiles, end = rows * (t + 1) / tiles;
-      if (last) before(i, end);
       tile(int(end - i), depth, a + i * lda + k, lda, block, acc + i * kW, next + t * share, step);
-      if (last) after(i, end);
+      if (last) done(i, end);
     }
   };
   for (int64_t k = k0; k == k0 || k < k1; k += kDepth) {
@@ -179,6 +178,7 @@ static void product(const GemmArgs& g, int64_t row_begin, int64_t row_end, int64
   S* widened = sums + group * kRows * kW;                 // (kDepth, kW)
   S* copy = widened + kDepth * kW;                        // (kRows, copied_stride)
   const int64_t blocks = (row_end - row_begin + kRows - 1) / kRows;
+  const Streams streams(g);
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t m0 = row_begin + (row_end - row_begin) * block / blocks;
     const int64_t rows = row_begin + (row_end - row_begin) * (block + 1) / blocks - m0;
@@ -201,14 +201,12 @@ static void product(const GemmArgs& g, int64_t row_begin, int64_t row_end, int64
               rows, g.depth * slice / slices, g.depth * (slice + 1) / slices, a, lda,
               (const B*)g.b + p * g.depth * kW, widened, acc,
               [&](int64_t begin, int64_t end) {
-                if (last) prefetch_output<T>(g, m0 + begin, m0 + end, p * kW, width);
-              },
-              [&](int64_t begin, int64_t end) {
                 if (last)
-                  for (int64_t i = begin; i < end; ++i) epilogue<T>(g, m0 + i, p * kW, width, acc + i * kW);
+                  for (int64_t i = begin; i < end; ++i) epilogue<T>(g, m0 + i, p * kW, width, acc + i * kW, streams);
               });
         }
   }
+  streams_done();
 }
 
 void gemm(const GemmArgs& g, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end,
@@ -225,6 +223,13 @@ void gemm(const GemmArgs& g, int64_t row_begin, int64_t row_end, int64_t panel_b
       product<T, A, S>(g, row_begin, row_end, panel_begin, panel_end, scratch);
     };
     g.a_is_compute_type ? with.template operator()<S>() : with.template operator()<T>();
+  });
+}
+
+void epilogue(const GemmArgs& g, int64_t row_begin, int64_t row_end, const void* sums) {
+  dispatch(g.dtype, [&]<class T>() {
+    for (int64_t row = row_begin; row < row_end; ++row)
+      epilogue<T>(g, row, 0, int(g.columns), (const compute_t<T>*)sums + row * g.columns);
   });
 }
 

@@ -176,6 +176,8 @@ using PackKernel = void(const PackArgs&, int64_t panel_begin, int64_t panel_end)
 using GemmKernel = void(const GemmArgs&, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end,
                         void* scratch);
 using GemmScratchKernel = int64_t(const GemmArgs&);
+// What follows a product, for sums (rows, columns) of the compute type; they may lie where the output or pre_activation does.
+using EpilogueKernel = void(const GemmArgs&, int64_t row_begin, int64_t row_end, const void* sums);
 using QuantizeKernel = void(const QuantizeArgs&, int64_t row_begin, int64_t row_end);
 using ActivationKernel = void(const ActivationArgs&, int64_t row_begin, int64_t row_end);
 using ColumnSumsKernel = void(const ColumnSumsArgs&, int64_t column_begin, int64_t column_end);
@@ -190,6 +192,7 @@ struct Kernels {
   PackKernel* pack;
   GemmKernel* gemm;
   GemmScratchKernel* gemm_scratch_bytes;
+  EpilogueKernel* epilogue;
   QuantizeKernel* quantize;
   PackKernel* pack_quantized;  // panels of quantized_panel_bytes
   GemmKernel* quantized_gemm;

@@ -29,6 +29,11 @@ template <class T> FF_INLINE Vec<compute_t<T>> load_lanes(const T* p, int lanes)
 template <class T> FF_INLINE void store_lanes(T* p, Vec<compute_t<T>> x, int lanes) {
   lanes == kLanes<compute_t<T>> ? store(p, x) : store_n(p, x, lanes);
 }
+template <class T> FF_INLINE void stream_lanes(T* p, Vec<compute_t<T>> x, int lanes) {
+  if constexpr (__is_same(T, compute_t<T>))
+    if (lanes == kLanes<T>) return stream(p, bit_cast<Vec<int32_t>>(x));
+  store_lanes(p, x, lanes);
+}
 
 // f.operator()<T>() for the storage type.
 template <class F> FF_INLINE void dispatch(DType dtype, F f) {

@@ -12,6 +12,7 @@ LayerNormBackwardKernel layer_norm_backward;
 PackKernel pack;
 GemmKernel gemm;
 GemmScratchKernel gemm_scratch_bytes;
+EpilogueKernel epilogue;
 QuantizeKernel quantize;
 PackKernel pack_quantized;
 GemmKernel quantized_gemm, quantized_gemm_vnni, quantized_gemm_amx;
@@ -31,7 +32,7 @@ AttentionBackwardScratchKernel attention_backward_scratch_bytes;
 
 static constexpr Kernels table(const char* isa, GemmKernel* quantized_product) {
   return {
-      isa, kTileVecs * kVecBytes, layer_norm, layer_norm_backward, pack, gemm, gemm_scratch_bytes,
+      isa, kTileVecs * kVecBytes, layer_norm, layer_norm_backward, pack, gemm, gemm_scratch_bytes, epilogue,
       quantize, pack_quantized, quantized_product, kQuantizedScratchBytes, activation, column_sums,
       gather_rows, cross_entropy_statistics, cross_entropy_gradient,
       crf_log_likelihood, crf_backward, crf_decode, attention, attention_scratch_bytes, attention_merge,

@@ -169,6 +169,22 @@ template <class T> FF_INLINE void store_n(T* p, Vec<compute_t<T>> x, int n) {
   memcpy((void*)p, values, size_t(n) * sizeof(T));
 }
 
+// Past the caches, to an address that is a multiple of kVecBytes; others see it after a streams_done().
+FF_INLINE void stream(void* p, Vec<int32_t> x) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512((__m512i*)p, (__m512i)x);
+#elif defined(__AVX2__)
+  _mm256_stream_si256((__m256i*)p, (__m256i)x);
+#else
+  memcpy(p, &x, sizeof(x));
+#endif
+}
+FF_INLINE void streams_done() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 // ---- reductions over the lanes, in a fixed order ----
 
 template <class S> FF_INLINE Vec<S> swap_halves(Vec<S> x, int step) {
