@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastformer import backends, ops
-from fastformer.integrations import tensor_parallel
+from fastformer.integrations import logits, tensor_parallel
 from fastformer.integrations.fused import (
     ACTIVATIONS,
     DROPOUTS,
@@ -157,8 +157,9 @@ class LayerNorm(Fused):
 
 
 class Linear(Fused):
-    """A linear that no fused layer takes along, a language-model head: fused on packed weights only, for packing a
-    vocabulary at each call of ops.linear takes longer than its product gains."""
+    """A linear that no fused layer takes along, a language-model head. In training its logits wait for their loss, see
+    logits.py. Else it is fused on packed weights only, for packing a vocabulary at each call of ops.linear takes longer
+    than its product gains."""
 
     def groups(self):
         fits = self.bias is None or self.bias.shape == self.weight.shape[:1]
@@ -166,9 +167,11 @@ class Linear(Fused):
 
     def forward(self, input: Tensor) -> Tensor:
         path, packed = self.choose(input)
-        if path is not Path.PACKED:
-            return super().forward(input)
-        return linear(self, input, packed.panels[0])
+        if path is Path.PACKED:
+            return linear(self, input, packed.panels[0])
+        if path is Path.OPS and not is_hooked(self) and logits.may_wait(input, self.weight, self.bias):
+            return logits.waiting(input, self.weight, self.bias)
+        return super().forward(input)
 
 
 FUSED_LAYER_NORM = fuse(nn.LayerNorm, LayerNorm)
