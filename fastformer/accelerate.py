@@ -100,9 +100,12 @@ def accelerate(
             in the dtype of the model: for a float32 model half the memory, and more speed where few tokens wait for the
             weights, as in generation. The weights stay as they are beside them. None: they are packed in
             the model's dtype.
-        unpad: in inference on CPUs an encoder computes the real tokens of a padded batch only; its last hidden states
-            are 0 at padding, where the stock model has numbers without a meaning. Where hooks or output_hidden_states
-            look inside, the batch is computed as it is.
+        unpad: on CPUs an encoder computes the real tokens of a padded batch only, in inference and in training; its
+            last hidden states are 0 at padding, where the stock model has numbers without a meaning: a loss or a mean
+            that looks at them changes. Of dropout, the mask of the attention stays that of the padded batch (where
+            padding is behind the tokens), that of rows is drawn for the real tokens. The batch is computed as it is
+            where hooks on layers, output_hidden_states or output_attentions look inside, with gradient checkpointing,
+            FSDP2 around layers and torch.compile, and on GPUs, where finding the tokens would make the CPU wait.
         strict: raise if any layer would be left on its stock forward.
 
     Returns:

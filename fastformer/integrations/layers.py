@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastformer import backends, ops
+from fastformer import ops
 from fastformer.integrations import logits, tensor_parallel
 from fastformer.integrations.fused import (
     ACTIVATIONS,
@@ -25,6 +25,7 @@ from fastformer.integrations.fused import (
     fuse,
     weight_of,
 )
+from fastformer.integrations.padding import Tokens, leaves_padding_out
 from fastformer.integrations.stacks import Settings, StackedLayer, stack_of
 from fastformer.integrations.tensor_parallel import is_sharded
 from fastformer.packing import Packed, is_hooked
@@ -294,69 +295,25 @@ class BertLayer(StackedLayer):
         return *((attention, name) for name in own), (norm1, "eps"), (norm2, "eps"), (activation, "approximate")
 
 
-class Tokens:
-    """The real tokens of a padded batch, end to end: one sequence after the other, in both layouts of the batch."""
-
-    def __init__(self, kept: Tensor, batch_first: bool = True):
-        """kept: (B, S), False at padding."""
-        lengths, places = kept.sum(1), kept.nonzero(as_tuple=True)
-        self.places = places if batch_first else places[::-1]
-        self.cu_seq = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-        self.longest = int(lengths.max())
-
-    def gather(self, x: Tensor) -> Tensor:
-        """(1, tokens, E) of x, (B, S, E) or (S, B, E)"""
-        return x[self.places][None]
-
-    def scatter(self, x: Tensor, shape: torch.Size) -> Tensor:
-        """x (1, tokens, E) in its places in a batch of this shape, 0 at padding"""
-        output = x.new_zeros(shape)
-        output[self.places] = x[0]
-        return output
-
-    def attention(self, query: Tensor, key: Tensor, value: Tensor, path: Path, scale: float | None = None) -> Tensor:
-        """(1, tokens, E) of query, key and value (1, H, tokens, D): each sequence attends to itself."""
-        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, H, D)
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        bounds = self.cu_seq, self.cu_seq, self.longest, self.longest
-        if path is Path.PACKED:
-            context = _raw.varlen_attn(query, key, value, *bounds, 0.0, None, scale, -1, -1)[0]
-        else:
-            context = ops.varlen_attn(query, key, value, *bounds, scale=scale)
-        return context.flatten(1)[None]
-
-
-def infers_without_padding(encoder: Fused, hidden_states: Tensor) -> bool:
-    """Is this a call in which padding is left out, as far as can be told without mask and layers?"""
-    return bool(
-        encoder._fastformer_unpad
-        and hidden_states.is_cpu
-        and not encoder.training
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and backends._requested()[0] != "torch"
-    )
-
-
 class BertEncoder(Fused):
-    """The layers of an encoder, in inference without the padding of the batch: its real tokens are laid end to end on
-    the way in and take their places on the way out, where padding is 0."""
+    """The layers of an encoder, without the padding of the batch."""
 
     is_watched = staticmethod(is_hooked)
 
     def without_padding(self, hidden_states: Tensor, mask: Tensor) -> Tensor | None:
-        """The last hidden states (B, S, E) of a batch with a padding mask (B, 1, 1, S), if this is an inference and
-        nobody looks at what happens inside."""
+        """The last hidden states (B, S, E) of a batch with a padding mask (B, 1, 1, S); None where the layers have to
+        be called one by one: somebody looks at what happens inside, or wants it computed again in the backward."""
         batch, length, _ = hidden_states.shape
         if mask.dtype != torch.bool or mask.shape != (batch, 1, 1, length) or batch == 0:
             return None
-        if not infers_without_padding(self, hidden_states):
+        if not leaves_padding_out(self, hidden_states):
             return None
         for layer in self.layer:
             if not isinstance(layer, BertLayer) or not isinstance(layer.attention.self, BertSelfAttention):
                 return None
             if any(map(self.is_watched, (layer, layer.attention, layer.attention.self))):
+                return None
+            if layer.training and getattr(layer, "gradient_checkpointing", False):
                 return None
         tokens = Tokens(mask[:, 0, 0])
         x = tokens.gather(hidden_states)
@@ -367,8 +324,9 @@ class BertEncoder(Fused):
             for layer in self.layer:
                 attention = layer.attention.self
                 path, packed = attention.choose(x)
-                scale = getattr(attention, "scaling", None)
-                context = tokens.attention(*attention.project(x, path, packed), path, scale)
+                heads, scale = attention.project(x, path, packed), getattr(attention, "scaling", None)
+                dropout_p = attention.dropout.p if attention.training else 0.0
+                context = tokens.attention(*heads, path, dropout_p, scale)
                 x = layer.feed_forward(layer.attention.output(context, x))
         return tokens.scatter(x, hidden_states.shape)
 

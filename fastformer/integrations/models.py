@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastformer.integrations import layers, torch_nn
 from fastformer.integrations.fused import CHILDREN, LINEARS, SWAPS, Fused, Path, fuse, weight_of
+from fastformer.integrations.padding import leaves_padding_out
 from fastformer.integrations.stacks import infers_eagerly, stack_of
 from fastformer.models import bert, gpt, transformer
 from fastformer.models.generation import KeyValue, KeyValueCache, LayerCache
@@ -44,6 +45,8 @@ class BertLayer(layers.BertLayer):
 class BertEncoder(layers.BertEncoder):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         output = None
+        if attention_mask is not None and leaves_padding_out(self, hidden_states):
+            attention_mask = None if attention_mask.all() else attention_mask
         if attention_mask is not None:
             output = self.without_padding(hidden_states, attention_mask)
         if output is None:

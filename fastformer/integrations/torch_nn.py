@@ -30,6 +30,7 @@ from fastformer.integrations.fused import (
     dropout_p,
     fuse,
 )
+from fastformer.integrations.padding import Tokens, leaves_padding_out
 from fastformer.nn.attention import _keep_or_add
 from fastformer.packing import Packed, is_hooked
 
@@ -171,10 +172,10 @@ class MultiheadAttention(Fused):
     def finish(self, context: Tensor, packed: Packed | None) -> Tensor:
         return layers.linear(self.out_proj, context, packed and packed.panels[-1])
 
-    def attend_tokens(self, x: Tensor, tokens: layers.Tokens, path: Path, packed: Packed | None) -> Tensor:
+    def attend_tokens(self, x: Tensor, tokens: Tokens, path: Path, packed: Packed | None) -> Tensor:
         """(1, tokens, E): self-attention of each sequence."""
         heads = [layers.split_heads(y, self.num_heads) for y in self.project(x, x, x, packed)]
-        return self.finish(tokens.attention(*heads, path), packed)
+        return self.finish(tokens.attention(*heads, path, self.dropout if self.training else 0.0), packed)
 
 
 _WEIGHTS = (
@@ -339,7 +340,7 @@ class TransformerDecoderLayer(Layer):
 
 
 class TransformerEncoder(Fused):
-    """In inference with a padding mask it leaves the padding out; then 0 stands there."""
+    """With a padding mask it leaves the padding out; then 0 stands there."""
 
     def forward(
         self,
@@ -373,7 +374,7 @@ class TransformerEncoder(Fused):
         """Is it a call in which padding is left out?"""
         if key_padding_mask is None or key_padding_mask.dtype != torch.bool or src.dim() != 3:
             return False
-        return layers.infers_without_padding(self, src) and bool(key_padding_mask.any())
+        return leaves_padding_out(self, src) and bool(key_padding_mask.any())
 
     def _choose_for_tokens(self, src: Tensor, batch_first: bool) -> list[tuple] | None:
         """The paths of each layer and its attention; None where one is not fused, or somebody looks at what happens
@@ -392,7 +393,7 @@ class TransformerEncoder(Fused):
         return choices
 
     def _without_padding(self, src: Tensor, kept: Tensor, batch_first: bool, choices: list[tuple]) -> Tensor:
-        tokens = layers.Tokens(kept, batch_first)
+        tokens = Tokens(kept, batch_first)
         x = tokens.gather(src)
         for layer, (path, packed, *choice) in zip(self.layers, choices, strict=True):
 

@@ -11,7 +11,17 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from accelerated.small import MODELS, bert, gradients, ids, logits, packed_modules, reference_gpt, spread
+from accelerated.small import (
+    MODELS,
+    bert,
+    gradients,
+    ids,
+    logits,
+    packed_modules,
+    padding,
+    reference_gpt,
+    spread,
+)
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -117,13 +127,18 @@ def check_tensor_parallel(model: nn.Module, accelerate_first: bool) -> None:
 
 
 def results(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Loss and logits (the Transformer has them without labels only) in inference, and the gradients of the loss."""
-    tokens = ids()
+    """Loss and logits (the Transformer has them without labels only) in inference, and the gradients of the loss; of a
+    padded batch in BERT, whose encoder leaves the padding out."""
+    batch, real = {"input_ids": ids(), "labels": ids()}, torch.ones_like(ids()).bool()
+    if hasattr(model, "bert"):
+        batch, real = padded(ids()), padding("right").bool()
     with torch.no_grad():
-        output = model.eval()(input_ids=tokens, labels=tokens)
+        output = model.eval()(**batch)
     model.zero_grad()
-    model.train()(input_ids=tokens, labels=tokens).loss.backward()
-    found = {"loss": output.loss, **gradients(model)} | ({} if output.logits is None else {"logits": output.logits})
+    model.train()(**batch).loss.backward()
+    found = {"loss": output.loss, **gradients(model)}
+    if output.logits is not None:
+        found["logits"] = output.logits[real]
     return {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in found.items()}
 
 
@@ -133,15 +148,20 @@ def assert_split_is_whole(split: dict[str, torch.Tensor], whole: dict[str, torch
         torch.testing.assert_close(x, whole[name], atol=1e-5, rtol=1e-3, msg=name)
 
 
-def batches(world: int) -> list[torch.Tensor]:
-    return list(ids(batch=10 * world).chunk(world))
+def padded(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    mask = padding("right")
+    return {"input_ids": tokens, "attention_mask": mask, "labels": tokens.masked_fill(mask == 0, -100)}
+
+
+def batches(world: int) -> list[dict[str, torch.Tensor]]:
+    return [padded(tokens) for tokens in ids(batch=10 * world).chunk(world)]
 
 
 def stock_step(model: nn.Module, world: int, optimizer: torch.optim.Optimizer) -> None:
     """What a distributed step has to come to: the mean over the processes."""
     optimizer.zero_grad()
     for batch in batches(world):
-        (model(input_ids=batch, labels=batch).loss / world).backward()
+        (model(**batch).loss / world).backward()
     optimizer.step()
 
 
@@ -156,7 +176,7 @@ def check_ddp(model: nn.Module, rank: int, world: int) -> None:
         wrapped.train(), eager.train()
         steppers[0].zero_grad()
         batch = batches(world)[rank]
-        wrapped(input_ids=batch, labels=batch).loss.backward()
+        wrapped(**batch).loss.backward()
         steppers[0].step()
         stock_step(eager, world, steppers[1])
         for name, gradient in gradients(eager).items():
@@ -184,7 +204,7 @@ def check_fsdp2(model: nn.Module, rank: int, world: int) -> None:
         model.train(), eager.train()
         steppers[0].zero_grad()
         batch = batches(world)[rank]
-        model(input_ids=batch, labels=batch).loss.backward()
+        model(**batch).loss.backward()
         steppers[0].step()
         stock_step(eager, world, steppers[1])
     with torch.no_grad():

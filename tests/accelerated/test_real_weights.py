@@ -48,3 +48,31 @@ def test_embeddings(load, batch):
     fastformer.restore(model)
     assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items()) and len(state) > 100
     assert torch.equal(embed(model, batch), expected)
+
+
+@pytest.mark.parametrize(
+    "load", [transformers.AutoModel.from_pretrained, models.load], ids=["transformers", "reference"]
+)
+def test_fine_tuning(load, batch):
+    """The loss of a padded batch, step by step, without dropout."""
+    losses = []
+    for accelerated in (False, True):
+        torch.manual_seed(0)
+        model, head = load(FOLDER).train(), torch.nn.Linear(384, 2)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        if accelerated:
+            fastformer.accelerate(model, strict=True)
+        optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=1e-4, fused=True)
+        target, losses_of_one = torch.arange(len(batch["input_ids"])) % 2, []
+        for _ in range(5):
+            first = model(**batch).last_hidden_state[:, 0]
+            loss = torch.nn.functional.cross_entropy(head(first), target)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses_of_one.append(loss.item())
+        losses.append(losses_of_one)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[0][-1] < 0.9 * losses[0][0]

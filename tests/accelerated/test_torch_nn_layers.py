@@ -178,18 +178,17 @@ class TestEncoder:
     @pytest.mark.parametrize("norm_first", [True, False])
     @pytest.mark.parametrize("norm", [True, False])
     @pytest.mark.parametrize("padding", ["right", "left", "holes"])
-    def test_padding_is_left_out(self, padding, norm, norm_first, layout, tokens_of):
+    @pytest.mark.parametrize("mode", MODES)
+    def test_padding_is_left_out(self, mode, padding, norm, norm_first, layout, tokens_of):
         model = encoder(norm=norm, norm_first=norm_first, batch_first=layout == "batch first")
         mask = {"right": PADDING, "left": PADDING.flip(1), "holes": no_first(randn(B, S) > 0)}[padding]
 
-        def results(m: nn.Module) -> dict[str, Tensor]:
-            x = sequence(S, 64, layout).to(next(m.parameters()).dtype)
-            with torch.no_grad():
-                return {"output": real(m(x, src_key_padding_mask=mask), mask, layout)}
+        def call(m: nn.Module, x: Tensor) -> Tensor:
+            return real(m(x, src_key_padding_mask=mask), mask, layout)
 
-        assert_agrees(model, results)
+        assert_agrees(model, results_of(call, [sequence(S, 64, layout)], mode))
         seen = tokens_of(model)
-        with torch.no_grad():
+        with torch.set_grad_enabled(mode == "training"):
             out = model(sequence(S, 64, layout), src_key_padding_mask=mask)
         assert seen == [int((~mask).sum())]
         assert (out[mask if layout == "batch first" else mask.T] == 0).all()
@@ -200,6 +199,30 @@ class TestEncoder:
             together = model(x, src_key_padding_mask=PADDING)
             for i, n in enumerate(SEQUENCES):
                 torch.testing.assert_close(together[i, :n], model(x[i : i + 1, :n])[0])
+
+    def test_dropout_without_padding(self, tokens_of):
+        """The mask of the attention is that of the padded batch; all gradients are those of what was computed."""
+        model, x = fastformer.accelerate(encoder().train()), randn(B, S, 64)
+        for layer in model.layers:
+            layer.self_attn.dropout = 0.4
+        seen, outs = tokens_of(model), []
+        for unpad in (True, False):
+            fastformer.accelerate(model, unpad=unpad)
+            torch.manual_seed(1)
+            outs.append(model(x, src_key_padding_mask=PADDING)[~PADDING])
+        assert seen == [sum(SEQUENCES), B * S]
+        torch.testing.assert_close(*outs)
+        fastformer.accelerate(model).double()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.2
+
+        def encode(x: Tensor) -> Tensor:
+            torch.manual_seed(1)
+            return model(x, src_key_padding_mask=PADDING)
+
+        assert torch.autograd.gradcheck(encode, x.double().requires_grad_(), fast_mode=True)
+        assert set(seen[2:]) == {sum(SEQUENCES)}
 
     def test_autocast(self, tokens_of, slow_path):
         model, x = encoder(), randn(B, S, 64)
@@ -213,7 +236,7 @@ class TestEncoder:
         assert errors[0] <= 2 * errors[1]
 
     def test_the_batch_as_it_is(self, tokens_of):
-        """Without padding, with masks, gradients, unpad=False, and where a hook looks on."""
+        """Without padding, with masks, unpad=False, and where a hook looks on."""
         model, x = fastformer.accelerate(encoder()), randn(B, S, 64)
         expected = model(x, src_key_padding_mask=PADDING)[~PADDING].detach()
         seen, batch = tokens_of(model), B * S
@@ -226,16 +249,15 @@ class TestEncoder:
                 handle = module.register_forward_hook(lambda *_: None)
                 torch.testing.assert_close(model(x, src_key_padding_mask=PADDING)[~PADDING], expected)
                 handle.remove()
-        model(x, src_key_padding_mask=PADDING)
-        assert seen == [batch] * 7
+        assert seen == [batch] * 6
         with torch.no_grad():
             fastformer.accelerate(model, unpad=False)
             torch.testing.assert_close(model(x, src_key_padding_mask=PADDING)[~PADDING], expected)
             torch.testing.assert_close(copy.deepcopy(model)(x, src_key_padding_mask=PADDING)[~PADDING], expected)
-            assert seen == [batch] * 8
+            assert seen == [batch] * 7
             fastformer.accelerate(model)
             model(x, src_key_padding_mask=PADDING)
-            assert seen[8:] == [sum(SEQUENCES)]
+            assert seen[7:] == [sum(SEQUENCES)]
 
     def test_a_layer_that_is_left(self):
         model, x = encoder(), randn(B, S, 64)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
-from accelerated.small import MODELS, B, bert, gpt2, ids
+from accelerated.small import MODELS, B, bert, gpt2, ids, padding
 from torch import nn
 
 import fastformer
@@ -38,11 +38,14 @@ def test_plain_loop(model):
 
 
 class Sentences(torch.utils.data.Dataset):
+    """Padded ones."""
+
     def __len__(self) -> int:
         return B
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": ids()[i], "labels": ids()[i]}
+        tokens, mask = ids()[i], padding("right")[i]
+        return {"input_ids": tokens, "attention_mask": mask, "labels": tokens.masked_fill(mask == 0, -100)}
 
 
 def train(model: nn.Module, folder, **options) -> list[float]:
@@ -68,7 +71,9 @@ def train(model: nn.Module, folder, **options) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options", [{}, {"gradient_checkpointing": True}, {"bf16": True}], ids=["float32", "checkpoints", "bf16"]
+    "options",
+    [{}, {"gradient_checkpointing": True}, {"gradient_accumulation_steps": 2}, {"bf16": True}],
+    ids=["float32", "checkpoints", "accumulated", "bf16"],
 )
 @pytest.mark.parametrize("build", [bert, gpt2])
 def test_trainer(build, options, tmp_path):

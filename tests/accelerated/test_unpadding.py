@@ -4,11 +4,14 @@ import copy
 
 import pytest
 import torch
-from accelerated.small import LENGTHS, VOCABULARY, B, S, bert, ids, padding
+from accelerated.small import LENGTHS, VOCABULARY, B, S, assert_agrees, bert, gradients, ids, padding
 from accuracy import assert_close_to_reference
+from torch import Tensor, nn
 
 import fastformer
-from fastformer import models
+from fastformer import library, models
+
+pytestmark = pytest.mark.skipif(not library.available(), reason="needs the op library")
 
 BOTH = pytest.mark.parametrize(
     "model", [bert("BertModel"), bert("BertModel", models)], ids=["transformers", "reference"]
@@ -29,11 +32,17 @@ def hidden(model, mask, **options):
         return model(ids(), attention_mask=mask, **options).last_hidden_state
 
 
+def mask_of(side: str) -> Tensor:
+    """(B, S) of 1 and 0; every sequence has a token."""
+    mask = padding(side) if side != "holes" else (torch.rand(B, S) < 0.6).long()
+    mask[:, 4] = 1
+    return mask
+
+
 @BOTH
 @pytest.mark.parametrize("side", ["left", "right", "holes"])
 def test_real_tokens_as_in_eager(model, side):
-    mask = padding(side) if side != "holes" else (torch.rand(B, S) < 0.6).long()
-    mask[:, 4] = 1
+    mask = mask_of(side)
     real = mask.bool()
     outputs = [hidden(copy.deepcopy(model), mask), hidden(copy.deepcopy(model).double(), mask)]
     fused = fastformer.accelerate(copy.deepcopy(model))
@@ -45,22 +54,23 @@ def test_real_tokens_as_in_eager(model, side):
 
 
 @BOTH
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of vmap
 def test_the_batch_as_it_is(model):
-    """Without padding, with gradients, with unpad=False, on the torch backend, and where a hook looks on."""
+    """Without padding, with unpad=False, on the torch backend, under a transform, and where a hook looks on."""
     mask, padded = padding("right"), B * S
     fused = fastformer.accelerate(copy.deepcopy(model))
     tokens = Tokens(fused)
-    hidden(fused, torch.ones_like(mask))
-    fused(ids(), attention_mask=mask)
-    with fastformer.backend("torch"):
-        hidden(fused, mask)
-    fused.train()
-    hidden(fused, mask)
+    for training in (False, True):
+        fused.train(training)
+        hidden(fused, torch.ones_like(mask))
+        with fastformer.backend("torch"):
+            hidden(fused, mask)
+        torch.func.vmap(lambda x: fused.encoder(x, mask.bool()[:, None, None])[0])(torch.randn(1, B, S, 48))
+        hook = fused.encoder.layer[0].register_forward_hook(lambda *_: None)
+        fused(ids(), attention_mask=mask)
+        hook.remove()
+    assert tokens.seen == [padded] * 8
     fused.eval()
-    hook = fused.encoder.layer[0].register_forward_hook(lambda *_: None)
-    hidden(fused, mask)
-    assert tokens.seen == [padded] * 5
-    hook.remove()
     hidden(fused, mask)
     assert tokens.seen[-1] == int(LENGTHS.sum())
     plain = fastformer.accelerate(copy.deepcopy(model), unpad=False)
@@ -103,3 +113,126 @@ def test_heads_on_top():
     with torch.no_grad():
         eager, out = (m(ids(), attention_mask=padding("right"), labels=labels).loss for m in (model, fused))
     torch.testing.assert_close(out, eager)
+
+
+@BOTH
+@pytest.mark.parametrize("mode", ["training", "evaluation"])
+@pytest.mark.parametrize("side", ["left", "right", "holes"])
+def test_gradients(model, side, mode):
+    """Of a loss of the real tokens: those of a float64 model that computes the padding, which gets no gradient."""
+    mask = mask_of(side)
+    real, seen = mask.bool(), []
+
+    def results(m: nn.Module) -> dict[str, Tensor]:
+        m.train(mode == "training")
+        embedded = torch.randn(B, S, 48, generator=torch.Generator().manual_seed(3)).to(next(m.parameters()).dtype)
+        hook = m.embeddings.register_forward_hook(lambda *_: embedded.requires_grad_())
+        tokens = Tokens(m)
+        out = m(ids(), attention_mask=mask).last_hidden_state[real]
+        out.square().mean().backward()
+        hook.remove(), tokens.hook.remove()
+        seen.append(tokens.seen[0])
+        assert (embedded.grad[~real] == 0).all() and (embedded.grad[real] != 0).all()
+        return {"output": out.detach(), "gradient of the input": embedded.grad, **gradients(m)}
+
+    assert_agrees(copy.deepcopy(model), results)
+    assert seen == [int(mask.sum()), B * S, B * S]
+
+
+@BOTH
+def test_dropout_of_the_attention_is_that_of_the_padded_batch(model):
+    mask = padding("right")
+    fused = fastformer.accelerate(copy.deepcopy(model))
+    for layer in fused.encoder.layer:
+        layer.attention.self.dropout.p = 0.3
+    fused.train()
+    outs, tokens = [], Tokens(fused)
+    for unpad in (True, False):
+        fastformer.accelerate(fused, unpad=unpad).zero_grad()
+        torch.manual_seed(2)
+        out = fused(ids(), attention_mask=mask).last_hidden_state[mask.bool()]
+        out.square().mean().backward()
+        outs.append({"output": out.detach(), **gradients(fused)})
+    assert tokens.seen == [int(mask.sum()), B * S]
+    torch.testing.assert_close(*outs)
+    fused.eval()
+    assert not torch.allclose(hidden(fused, mask)[mask.bool()], outs[0]["output"], atol=1e-3)
+
+
+@BOTH
+def test_dropout_everywhere(model):
+    """The gradients are those of what was computed, with the masks that were drawn for it."""
+    fused = fastformer.accelerate(copy.deepcopy(model)).double().train()
+    for module in fused.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.2
+    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]]).bool()[:, None, None]
+    mask.is_padding = True
+
+    def encode(x: Tensor) -> Tensor:
+        torch.manual_seed(5)
+        output = fused.encoder(x, mask)
+        return getattr(output, "last_hidden_state", output)
+
+    tokens = Tokens(fused)
+    assert torch.autograd.gradcheck(encode, torch.randn(2, 4, 48).double().requires_grad_(), fast_mode=True)
+    assert set(tokens.seen) == {4}
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
+def test_layers_that_are_computed_again():
+    """Gradient checkpointing calls the layers one by one."""
+    mask = padding("right")
+
+    def results(m: nn.Module) -> dict[str, Tensor]:
+        m.train()
+        m.gradient_checkpointing_enable()
+        tokens = Tokens(m)
+        out = m(ids(), attention_mask=mask).last_hidden_state[mask.bool()]
+        out.square().mean().backward()
+        tokens.hook.remove()
+        assert tokens.seen == [B * S] * 2
+        return {"output": out.detach(), **gradients(m)}
+
+    assert_agrees(bert("BertModel"), results)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_training_where_somebody_looks_inside(implementation):
+    """Only "eager" of the stock model has attention weights."""
+    asked = "output_attentions" if implementation == "eager" else "output_hidden_states"
+    model, mask = bert("BertModel").train(), padding("left")
+    fused = fastformer.accelerate(copy.deepcopy(model))
+    model.set_attn_implementation(implementation)
+    tokens = Tokens(fused)
+    eager, out = (m(ids(), attention_mask=mask, **{asked: True}) for m in (model, fused))
+    assert tokens.seen == [B * S]
+    for name in ("hidden_states", "attentions"):
+        inside = [x.transpose(1, -2)[mask.bool()] for x in out.get(name, ())]
+        assert len(inside) == len(eager.get(name, ()))
+        for x, y in zip(inside, eager.get(name, ()), strict=True):
+            torch.testing.assert_close(x, y.transpose(1, -2)[mask.bool()], atol=1e-5, rtol=1e-4)
+
+
+@BOTH
+def test_autocast(model):
+    mask = padding("right")
+    real, exact = mask.bool(), copy.deepcopy(model).double()(ids(), attention_mask=padding("right"))[0]
+    fused, errors = fastformer.accelerate(copy.deepcopy(model)), []
+    tokens = Tokens(fused)
+    for m in (fused, model):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = m(ids(), attention_mask=mask).last_hidden_state
+        out[real].float().square().mean().backward()
+        errors.append((out.double() - exact)[real].abs().max().item())
+    assert tokens.seen == [int(mask.sum())] and errors[0] <= 2 * errors[1]
+
+
+@BOTH
+def test_training_on_nothing_but_padding(model):
+    """Where the stock model's outputs are numbers without a meaning, these are 0 and so are the gradients."""
+    fused = fastformer.accelerate(copy.deepcopy(model)).train()
+    out = fused(ids(), attention_mask=torch.zeros(B, S, dtype=torch.long)).last_hidden_state
+    out.sum().backward()
+    assert (out == 0).all()
+    assert all((g == 0).all() for g in gradients(fused.encoder).values())
