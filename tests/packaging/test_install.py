@@ -1,12 +1,15 @@
 """Installing from the source distribution, with and without a compiler."""
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
 import pytest
+
+import build_backend
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
@@ -38,6 +41,27 @@ def test_warns_without_compiler():
     finished = setup_version(CXX="/nonexistent/g++")
     assert finished.returncode == 0
     assert "WARNING" in finished.stderr and "WITHOUT its CPU kernels" in finished.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the CUDA kernels are built on Linux only")
+@pytest.mark.parametrize(
+    ("choice", "cuda", "toolkit", "reason"),
+    [
+        ("auto", "'13.0'", True, None),
+        ("auto", "None", True, "for a torch without CUDA"),
+        ("auto", "'13.0'", False, "the CUDA toolkit .* was not found"),
+        ("1", "None", True, None),
+        ("0", "'13.0'", True, "FASTFORMER_CUDA=0"),
+    ],
+)
+def test_when_the_cuda_library_is_built(choice, cuda, toolkit, reason, tmp_path, monkeypatch):
+    """auto: where there is a toolkit, and torch has CUDA."""
+    (tmp_path / "version.py").write_text(f"cuda: Optional[str] = {cuda}\n")
+    monkeypatch.setenv("FASTFORMER_CUDA", choice)
+    monkeypatch.setattr(build_backend, "torch_folder", lambda: tmp_path)
+    monkeypatch.setattr(build_backend, "cuda_toolkit", lambda: tmp_path if toolkit else None)
+    found = build_backend.reason_not_to_build_cuda()
+    assert found is None if reason is None else re.search(reason, found)
 
 
 @pytest.fixture
