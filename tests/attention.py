@@ -36,7 +36,7 @@ def dense(mask: Tensor | None, is_causal: bool, window_size: tuple[int, int], qu
 
 
 def assert_attention_close(
-    given: dict[str, Tensor],
+    given: dict[str, Tensor] | list[dict[str, Tensor]],
     mask: Tensor | None = None,
     is_causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
@@ -44,10 +44,12 @@ def assert_attention_close(
     scale: float | None = None,
     slack: int = 0,
 ) -> None:
+    """Of one draw, or of several of the same sizes, which are judged as one."""
+    draws = given if isinstance(given, list) else [given]
     fused = partial(
         ops.scaled_dot_product_attention, attn_mask=mask, is_causal=is_causal, window_size=window_size,
         dropout_p=dropout_p, scale=scale, enable_gqa=True,
     )  # fmt: skip
-    whole = dense(mask, is_causal, window_size, given["query"].shape[-2], given["key"].shape[-2])
+    whole = dense(mask, is_causal, window_size, draws[0]["query"].shape[-2], draws[0]["key"].shape[-2])
     expected = partial(eager.scaled_dot_product_attention, mask=whole, dropout_p=dropout_p, scale=scale)
-    assert_op_close(fused, expected, given, slack=slack)
+    assert_op_close(fused, expected, *draws, slack=slack)
