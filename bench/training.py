@@ -193,7 +193,8 @@ def measure(name: str, threads: int, seconds: float) -> dict:
 
 
 def table(rows: list[dict]) -> str:
-    lines = ["| step | threads | contender | time | times as fast | spread | memory | of eager's |", "|---|" + "---|" * 7]
+    heads = "step", "threads", "contender", "time", "times as fast", "spread", "memory", "of eager's"
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in rows:
         eager = row["contenders"]["eager"]
         for kind, one in row["contenders"].items():
@@ -223,10 +224,11 @@ def main() -> None:
         for name in WORKLOADS:
             if options.only in name:
                 rows.append(measure(name, threads, options.seconds))
-                print(table(rows[-1:]).splitlines()[-len(rows[-1]["contenders"]) :], flush=True)
+                print(f"{name}, {threads} thread{'s' * (threads > 1)}: done", file=sys.stderr, flush=True)
     print(table(rows))
     if options.json:
-        options.json.write_text(json.dumps({"environment": {"cpu": cpu(), "versions": versions()}, "rows": rows}, indent=1) + "\n")
+        content = {"environment": {"cpu": cpu(), "versions": versions()}, "rows": rows}
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,10 @@
 What happened before what is known from vector clocks: each warp has a clock, which goes on at every barrier, and of
 each other warp of its block the clock up to which it knows that it has run. Each granule of memory, the least that the
 kernel writes at once, has the clock of its last writer and those of its readers (of global memory: of the last one).
+
+Bulk copies into shared memory and wgmma go through another proxy. Such a copy is written by its mbarrier, whose clock
+is the number of its phases: only who has waited for the phase knows of it. What a warp wrote by other instructions, the
+async proxy sees after a fence.proxy.async on the way from one to the other: of each warp, up to which clock.
 """
 
 from __future__ import annotations
@@ -17,8 +21,10 @@ from .faults import Fault
 if TYPE_CHECKING:
     from .machine import Batch, Team
 
-WARP_BITS = 6  # a key is a clock, and the number of a warp in its lowest bits
+WARP_BITS = 6  # a key is a clock, and in its lowest bits the number of a warp, or behind those that of an mbarrier
+ACTOR = 2**WARP_BITS - 1
 NOBODY, SEVERAL = -1, -2
+COPY, BARRIER, READER = 1, 2, 4  # under way to a granule; lies there; reads it by the async proxy, each of them
 
 
 @dataclass
@@ -27,7 +33,7 @@ class Counts:
 
     mma: dict[str, int] = field(default_factory=dict)  # of each opcode, by warps
     operations: int = 0  # of mma: a product and a sum are two
-    copied_bytes: int = 0  # by cp.async, without the zeros
+    copied_bytes: int = 0  # by cp.async, bulk copies among them, without the zeros
     loaded_bytes: int = 0  # from global memory, by ld
     stored_bytes: int = 0
     sectors: int = 0  # of 32 bytes of global memory, a warp's access at a time
@@ -35,6 +41,7 @@ class Counts:
     conflicts: dict[int, int] = field(default_factory=dict)  # line -> wavefronts beyond the least, where there are any
     conflicts_in_main_loops: int = 0  # in loops that have an mma
     same_writes: int = 0  # to shared memory, where another warp writes the same with no barrier in between
+    unfenced_barriers: int = 0  # bulk copies to an mbarrier with no fence between its initialization and the copy
     steps: int = 0  # instructions that the interpreter ran, each for many threads
 
     def add_mma(self, opcode: str, warps: int, operations: int) -> None:
@@ -55,51 +62,109 @@ class SharedShadow:
         count = batch.blocks * size // granule
         self.writer = np.zeros(count, np.int32)  # key; 0: nobody wrote here
         self.readers = np.zeros((count, batch.warps), np.int32)  # clocks
-        self.pending = np.zeros(count, np.bool_)  # a copy is under way
+        self.busy = np.zeros(count, np.int32)  # sum of COPY, BARRIER, and READER for each that has not ended
 
     def read(self, team: Team, threads: np.ndarray, first: np.ndarray, size: int) -> None:
         """`size` bytes at each of `first`."""
-        places, clocks, own, warps = self._access(team, threads, first, size)
-        self._no_copy(team, threads, first, places, "read of")
+        places, own, warps, _ = self._known_writer(team, threads, first, size)
+        self.readers[places, warps[:, None]] = own[:, None]
+
+    def begin_read(self, team: Team, threads: np.ndarray, first: np.ndarray, size: int) -> np.ndarray:
+        """By the async proxy, which reads until end_read. Returns the granules, for that; each once a warp."""
+        places, _, warps, writer = self._known_writer(team, threads, first, size)
+        self._fenced(team, threads, first, places, writer, "reads")
+        read = np.unique(places.astype(np.int64) * 64 + warps[:, None])
+        np.add.at(self.busy, read // 64, READER)
+        return read
+
+    def end_read(self, team: Team, row: int, read: np.ndarray) -> None:
+        block, warp = team.block[row], team.warp[row]
+        np.subtract.at(self.busy, read // 64, READER)
+        self.readers[read // 64, read % 64] = self.batch.clocks[block, warp, warp]
+
+    def begin_barrier(self, team: Team, threads: np.ndarray, first: np.ndarray, size: int) -> None:
+        self.write(team, threads, first, size, np.zeros(len(first), np.bool_))
+        self.busy[granules(first, size, self.granule)] |= BARRIER
+
+    def use_barrier(self, team: Team, threads: np.ndarray, first: np.ndarray, size: int) -> None:
+        """As a read of what its initialization wrote."""
+        places, own, warps, _ = self._known_writer(team, threads, first, size, barrier=True)
+        self.readers[places, warps[:, None]] = own[:, None]
+
+    def end_barrier(self, team: Team, threads: np.ndarray, first: np.ndarray, size: int) -> None:
+        self.busy[granules(first, size, self.granule)] &= ~BARRIER
+        self.write(team, threads, first, size, np.zeros(len(first), np.bool_))
+
+    def _known_writer(self, team: Team, threads, first: np.ndarray, size: int, barrier: bool = False) -> tuple:
+        places, blocks, warps, own = self._access(team, threads, first, size)
+        if not barrier:
+            self._not_busy(team, threads, first, places, "read of")
         writer = self.writer[places]
         if not writer.all():
             bad = (writer == 0).any(1)
             raise Fault(f"{team.who(threads, bad)}: read of {self.place(first, bad)}, which nobody wrote")
-        late = (writer >> WARP_BITS) > np.take_along_axis(clocks, writer & (2**WARP_BITS - 1), 1)
+        late = (writer >> WARP_BITS) > self.batch.clocks[blocks[:, None], warps[:, None], writer & ACTOR]
         if late.any():
             self.race(team, threads, late.any(1), first, "reads what", writer[late][0], "wrote")
-        self.readers[places, warps[:, None]] = own[:, None]
+        return places, own, warps, writer
+
+    def _fenced(self, team: Team, threads: np.ndarray, first, places, writer: np.ndarray, does: str) -> None:
+        """Of writes by instructions that are not of the async proxy."""
+        rows, actor = threads >> 5, writer & ACTOR
+        by_warp = (actor < self.batch.warps) & (writer != 0)
+        fenced = self.batch.fenced[team.block[rows][:, None], team.warp[rows][:, None], np.where(by_warp, actor, 0)]
+        late = by_warp & ((writer >> WARP_BITS) > fenced)
+        if late.any():
+            bad = late.any(1)
+            raise Fault(
+                f"{team.who(threads, bad)}: the async proxy {does} {self.place(first, bad)}, which warp "
+                f"{actor[late][0]} wrote, with no fence.proxy.async in between"
+            )
 
     def write(self, team: Team, threads: np.ndarray, first: np.ndarray, size: int, same: np.ndarray) -> None:
         """`same`: which accesses write what is there: these may race. So may several of one instruction that write to
         one place, if they write the same, which is seen later."""
-        self._no_copy(team, threads, first, granules(first, size, self.granule), "write to")
+        self._not_busy(team, threads, first, granules(first, size, self.granule), "write to", True)
         raced, twice = self._write(team, threads, first, size, same)
         self.batch.launch.counts.same_writes += int((raced | twice.any(1)).sum())
 
     def begin_copy(self, team: Team, threads: np.ndarray, first: np.ndarray, size: int) -> None:
         """As a write now, which readers see only when it is complete."""
         places = granules(first, size, self.granule)
-        self._no_copy(team, threads, first, places, "copy to")
+        self._not_busy(team, threads, first, places, "copy to", True)
         _, twice = self._write(team, threads, first, size, np.zeros(len(first), np.bool_))
         if twice.any():
             self.race(team, threads, twice.any(1), first, "copies to where", self.writer[places][twice][0], "copies")
-        self.pending[places] = True
+        self.busy[places] |= COPY
 
     def end_copy(self, team: Team, threads: np.ndarray, first: np.ndarray, size: int) -> None:
         self._write(team, threads, first, size, np.zeros(len(first), np.bool_))
-        self.pending[granules(first, size, self.granule)] = False
+        self.busy[granules(first, size, self.granule)] &= ~COPY
+
+    def begin_bulk(self, team: Team, threads: np.ndarray, first: np.ndarray, size: int) -> None:
+        """As begin_copy, by the async proxy."""
+        places = granules(first, size, self.granule)
+        self._not_busy(team, threads, first, places, "copy to", True)
+        self._fenced(team, threads, first, places, self.writer[places], "writes")
+        self.begin_copy(team, threads, first, size)
+
+    def end_bulk(self, first: np.ndarray, size: int, key: int) -> None:
+        """`key`: of the mbarrier, in the phase that this is a part of."""
+        places = granules(first, size, self.granule)
+        self.writer[places] = key
+        self.busy[places] &= ~COPY
 
     def _write(self, team: Team, threads: np.ndarray, first: np.ndarray, size: int, same: np.ndarray) -> tuple:
         """(accesses that race but write the same, granules that another warp writes in this instruction)"""
-        places, clocks, own, warps = self._access(team, threads, first, size)
-        writer = self.writer[places]
-        late = (writer >> WARP_BITS) > np.take_along_axis(clocks, writer & (2**WARP_BITS - 1), 1)
+        places, blocks, warps, own = self._access(team, threads, first, size)
+        writer, known = self.writer[places], self.batch.clocks
+        late = (writer >> WARP_BITS) > known[blocks[:, None], warps[:, None], writer & ACTOR]
         raced = late.any(1)
         if (raced & ~same).any():
             late &= ~same[:, None]
             self.race(team, threads, late.any(1), first, "writes where", writer[late][0], "wrote")
-        read_late = (self.readers[places] > clocks[:, None, :]).any(1) & ~same[:, None]
+        known = known[blocks, warps, : self.batch.warps]
+        read_late = (self.readers[places] > known[:, None, :]).any(1) & ~same[:, None]
         if read_late.any():
             bad = read_late.any(1)
             self.race(team, threads, bad, first, "writes where", int(np.flatnonzero(read_late[bad][0])[0]), "read")
@@ -107,24 +172,32 @@ class SharedShadow:
         self.writer[places] = key
         return raced, self.writer[places] != key
 
-    def _no_copy(self, team: Team, threads: np.ndarray, first: np.ndarray, places: np.ndarray, does: str) -> None:
-        if (pending := self.pending[places]).any():
-            bad = pending.any(1)
-            raise Fault(f"{team.who(threads, bad)}: {does} {self.place(first, bad)}, to which a copy is under way")
+    def _not_busy(self, team: Team, threads, first, places: np.ndarray, does: str, writes: bool = False) -> None:
+        busy = self.busy[places] if writes else self.busy[places] & (COPY | BARRIER)
+        if busy.any():
+            bad = busy.any(1)
+            found = busy[busy != 0][0]
+            why = "to which a copy is under way" if found & COPY else "where an mbarrier is"
+            if not found & (COPY | BARRIER):
+                why = "which a wgmma or a bulk copy that is under way reads"
+            raise Fault(f"{team.who(threads, bad)}: {does} {self.place(first, bad)}, {why}")
 
     def _access(self, team: Team, threads: np.ndarray, first: np.ndarray, size: int) -> tuple:
-        places = granules(first, size, self.granule)
+        """(granules, and of each access its block, warp, and the warp's clock)"""
         rows = threads >> 5
         blocks, warps = team.block[rows], team.warp[rows]
-        clocks = self.batch.clocks[blocks, warps]
-        return places, clocks, clocks[np.arange(len(warps)), warps], warps
+        return granules(first, size, self.granule), blocks, warps, self.batch.clocks[blocks, warps, warps]
 
     def place(self, first: np.ndarray, bad: np.ndarray) -> str:
         return f"byte {int(first[bad][0]) % self.batch.shared_size} of shared memory"
 
     def race(self, team: Team, threads: np.ndarray, bad: np.ndarray, first, does: str, key: int, did: str) -> None:
-        other, who = int(key) & (2**WARP_BITS - 1), team.who(threads, bad)
-        raise Fault(f"race: {who} {does} warp {other} {did}, {self.place(first, bad)}, with no barrier in between")
+        other, who = int(key) & ACTOR, team.who(threads, bad)
+        if other >= self.batch.warps:
+            other, why = "a bulk copy", "without a wait for its mbarrier"
+        else:
+            other, why = f"warp {other}", "with no barrier in between"
+        raise Fault(f"race: {who} {does} {other} {did}, {self.place(first, bad)}, {why}")
 
 
 class GlobalShadow:
@@ -174,10 +247,10 @@ class GlobalShadow:
             whose = f"block {team.batch.launch.name_of_block(other)}" if other != SEVERAL else "other blocks"
             raise Fault(f"race: {team.who(threads, foreign.any(1))} {does} {whose} {did}, in {self.name}")
         key = keys[places]
-        seen = np.take_along_axis(clocks, key & (2**WARP_BITS - 1), 1)
+        seen = np.take_along_axis(clocks, key & ACTOR, 1)
         late = (there == block) & ((key >> WARP_BITS) > seen)
         if late.any():
-            warp = key[late][0] & (2**WARP_BITS - 1)
+            warp = key[late][0] & ACTOR
             who = team.who(threads, late.any(1))
             raise Fault(f"race: {who} {does} warp {warp} {did}, in {self.name}, with no barrier in between")
 

@@ -174,6 +174,7 @@ for _t in ("f16", "bf16"):
     add(f"neg.{_t}", _t, _t, flip_sign)
 add("abs.f16", "f16", "f16", np.abs)
 add("abs.bf16", "bf16", "bf16", lambda a: a & np.uint16(0x7FFF))
+add("abs.f16x2", "f16x2", "f16x2", lambda a: a & np.uint32(0x7FFF7FFF))
 add("abs.bf16x2", "bf16x2", "bf16x2", lambda a: a & np.uint32(0x7FFF7FFF))
 for _name, _function, _count in (
     ("add", np.add, 2),
@@ -198,6 +199,7 @@ for _t in ("u8", "s8", "u16", "s16", "u32", "s32", "u64", "s64"):
     add(f"cvt.rn.f32.{_t}", "f32", _t, lambda a: a.astype(np.float32), wider=True)
 for _t in ("u16", "s16", "u32", "s32"):
     add(f"cvt.rn.f16.{_t}", "f16", _t, lambda a: a.astype(np.float64).astype(np.float16), wider=True)
+    add(f"cvt.rn.bf16.{_t}", "bf16", _t, lambda a: float_to_bf16(to_odd(a.astype(np.float64))), wider=True)
 for _to in ("u8", "s8", "u16", "s16", "u32", "s32", "u64", "s64"):
     for _from in ("u8", "s8", "u16", "s16", "u32", "s32", "u64", "s64"):
         if _to != _from or _to in ("s64", "u64", "s32", "u32"):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from .table import Alu
-from .values import bf16_to_float, dtype_of
+from .values import bf16_to_float, dtype_of, halves
 
 TABLE: dict[str, Alu] = {}
 
@@ -142,6 +142,14 @@ def _ordered(compare: Callable, widen: Callable) -> Callable:
     return function
 
 
+def _of_halves(compare: Callable, dtype: type) -> Callable:
+    def function(a: np.ndarray, b: np.ndarray) -> list[np.ndarray]:
+        pairs = zip(halves(a), halves(b), strict=True)
+        return [compare(x.view(dtype), y.view(dtype)) for x, y in pairs]
+
+    return function
+
+
 for _name, _compare in COMPARISONS.items():
     for _t in ("s16", "u16", "s32", "u32", "s64", "u64"):
         add(f"setp.{_name}.{_t}", "pred", f"{_t} {_t}", _compare)
@@ -152,6 +160,9 @@ for _name, _compare in COMPARISONS.items():
         _widen = bf16_to_float if _t == "bf16" else lambda x: x
         add(f"setp.{_name}.{_t}", "pred", f"{_t} {_t}", _ordered(_compare, _widen))
         add(f"setp.{_name}u.{_t}", "pred", f"{_t} {_t}", _unordered(_compare, _widen))
+        if _t in ("f16", "bf16"):
+            _both = _of_halves(TABLE[f"setp.{_name}.{_t}"].function, np.float16 if _t == "f16" else np.uint16)
+            TABLE[f"setp.{_name}.{_t}x2"] = Alu(("pred", "pred"), (f"{_t}x2", f"{_t}x2"), _both)
 for _t in ("f32", "f64"):
     add(f"setp.num.{_t}", "pred", f"{_t} {_t}", lambda a, b: ~(np.isnan(a) | np.isnan(b)))
     add(f"setp.nan.{_t}", "pred", f"{_t} {_t}", lambda a, b: np.isnan(a) | np.isnan(b))
@@ -162,3 +173,4 @@ for _t in ("b16", "u16", "s16", "b32", "u32", "s32", "f32", "b64", "u64", "s64",
 for _t in ("pred", "b16", "u16", "s16", "b32", "u32", "s32", "f32", "b64", "u64", "s64", "f64"):
     add(f"mov.{_t}", _t, _t, lambda a: a)
 add("cvta.to.global.u64", "u64", "u64", lambda a: a)
+add("cvta.param.u64", "u64", "u64", lambda a: a + np.uint64(1 << 56))  # memory.PARAMETERS

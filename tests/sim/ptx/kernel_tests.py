@@ -25,8 +25,10 @@ Running = Callable[..., AbstractContextManager[list[Finished]]]
 
 
 def running(source: str) -> Running:
-    """running_cuda or running_triton; skips where its compiler is missing."""
-    if source == "cuda":
+    """running_cuda or running_triton, for the GPU that may stand behind the name, else sm_80; skips where its compiler
+    is missing."""
+    compiler, target = (source + " sm_80").split()[:2]
+    if compiler == "cuda":
         from . import cuda
 
         if problem := cuda.why_not():
@@ -38,7 +40,7 @@ def running(source: str) -> Running:
         pytest.skip("with TRITON_INTERPRET=1 nothing is compiled")
     from .triton_kernels import running_triton
 
-    return running_triton
+    return partial(running_triton, target)
 
 
 def layer_norm(dtype: torch.dtype, rows: int, width: int) -> None:

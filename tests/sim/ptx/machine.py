@@ -14,12 +14,15 @@ import numpy as np
 
 from . import checks
 from .asynchronous import Copies
+from .bulk import Loads, Saves
 from .faults import Fault
 from .flow import BARRIERS
+from .mbarrier import Mbarriers
 from .memory import Memory
 from .parse import Immediate, Instruction, PtxError
 from .program import Code, Program
 from .values import STORAGE, immediate, reader
+from .warpgroup import Wgmma
 
 ORDERS = ("together", "forward", "reverse", "random")
 POISON = {"pred": False, "b16": 0x7FFF, "b32": 0x7FFF7FFF, "b64": 0x7FFF7FFF7FFF7FFF}  # of registers: NaN
@@ -95,11 +98,17 @@ class Batch:
         self.shared_size = -(-launch.shared_bytes // 16) * 16
         self.shared = np.full(self.blocks * self.shared_size, 0xFF, np.uint8)
         self.shadow = checks.SharedShadow(self, self.shared_size, launch.program.shared_granule)
-        # clocks[b, w, v]: up to which clock of warp v of block b warp w knows that it has run; [b, w, w] is its own
-        self.clocks = np.zeros((self.blocks, self.warps, self.warps), np.int32)
+        # clocks[b, w, v]: up to which clock of warp v of block b warp w knows that it has run; [b, w, w] is its own.
+        # Behind the warps stand mbarriers, for what bulk copies write. fenced: the same, of what the async proxy sees.
+        writers = 2**checks.WARP_BITS if launch.program.has_mbarriers else self.warps
+        self.clocks = np.zeros((self.blocks, self.warps, writers), np.int32)
+        self.fenced = np.zeros((self.blocks, self.warps, self.warps), np.int32)
         self.clocks[:, range(self.warps), range(self.warps)] = 1
         self.waiting = np.zeros((self.blocks, self.warps), np.bool_)
         self.barriers: dict[tuple[int, int], Barrier] = {}
+        self.mbarriers, self.loads = Mbarriers(self), Loads(self)
+        self.wgmma_logs: dict[tuple[int, int], list] = {}  # of each warpgroup
+        self.register_counts = np.zeros((self.blocks, self.warps), np.int64)  # that setmaxnreg asked for
         numbers = np.arange(self.blocks)
         if launch.order == "together":
             places = [(np.repeat(numbers, self.warps), np.tile(np.arange(self.warps), self.blocks))]
@@ -117,14 +126,30 @@ class Batch:
                 progress |= team.run(self.generator.randrange(1, 40) if order == "random" else None)
                 if progress and order == "random":
                     break
-            if not progress:
+            if not progress and not self.loads.step():
                 self.deadlock()
+        self.check_end()
+
+    def check_end(self) -> None:
         for (block, name), barrier in self.barriers.items():
             if barrier.arrived:
                 raise Fault(
                     f"block {self.launch.name_of_block(self.grid_blocks[block])} ends while warps "
                     f"{barrier.arrived} have arrived at barrier {name}, of {barrier.expected} threads"
                 )
+        if self.loads.under_way:
+            raise Fault(f"{self.loads.under_way[0].barrier}: the kernel ends while copies to it are under way")
+        for team in self.teams:
+            if team.saves.under_way:
+                who = team.who(np.array([team.saves.under_way[0].thread]))
+                raise Fault(f"{who} ends without a wait for its bulk copies to global memory")
+            if team.wgmma.under_way:
+                who = team.who_of_row(int(team.wgmma.under_way[0].rows[0]))
+                raise Fault(f"{who} ends without a wait for its wgmma")
+            for row, count in enumerate(team.wgmma.runs.tolist()):
+                group = int(team.block[row]), int(team.warp[row]) // 4
+                if count != len(self.wgmma_logs.get(group, ())):
+                    raise Fault(f"{team.who_of_row(row)} runs fewer wgmma than others of its warpgroup")
 
     def deadlock(self) -> None:
         texts = []
@@ -132,6 +157,9 @@ class Batch:
             if barrier.arrived:
                 where = self.launch.name_of_block(self.grid_blocks[block])
                 texts.append(f"block {where}: barrier {name} of {barrier.expected} threads has warps {barrier.arrived}")
+        for mbarrier in self.mbarriers.waited_for():
+            where = self.launch.name_of_block(self.grid_blocks[mbarrier.block])
+            texts.append(f"block {where}: warps {sorted(mbarrier.waiting)} wait for {mbarrier}")
         raise Fault("deadlock: " + "; ".join(texts[:8]))
 
     def arrive(self, team: Team, rows: np.ndarray, names: np.ndarray, expected: np.ndarray, wait: bool) -> None:
@@ -159,6 +187,7 @@ class Batch:
         clocks = self.clocks[block]
         known = clocks[barrier.arrived].max(0)
         clocks[barrier.waiting] = known
+        self.fenced[block, barrier.waiting] = self.fenced[block, barrier.arrived].max(0)
         clocks[barrier.arrived, barrier.arrived] += 1
         self.waiting[block, barrier.waiting] = False
         barrier.arrived, barrier.waiting = [], []
@@ -181,7 +210,8 @@ class Team:
         self.where = np.zeros(self.size, np.int32)  # a thread's block in the program
         self.together: int | None = 0  # the same, where it is one of all threads
         self.done = False
-        self.copies = Copies(self)
+        self.copies, self.saves = Copies(self), Saves(self)
+        self.wgmma = Wgmma(self, [register.name for register in launch.program.wgmma_registers])
         self.all_threads = np.arange(self.size)
         self._special: dict[str, np.ndarray] = {}
         number = np.tile(np.arange(32), len(block)) + np.repeat(warp, 32) * 32
@@ -211,6 +241,9 @@ class Team:
         block = self.batch.launch.name_of_block(int(self.grid_block[row]))
         return f"block {block}, warp {self.warp[row]}, lane {thread & 31}"
 
+    def who_of_row(self, row: int) -> str:
+        return f"block {self.batch.launch.name_of_block(int(self.grid_block[row]))}, warp {self.warp[row]}"
+
     def run(self, most_blocks: int | None = None) -> bool:
         """Until nothing of it can go on, or so many blocks of code; did anything run?"""
         code = self.batch.launch.program.blocks
@@ -237,7 +270,7 @@ class Team:
                     self.together, mask = place, None
             self._run_block(code[place], mask)
             ran += 1
-        return ran > 0
+        return ran > 0 or self.done
 
     def _run_block(self, code: Code, mask: np.ndarray | None) -> None:
         current = None

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 TABLE: dict[str, Decode] = {}
 SPACES = ("global", "shared", "param")
+PARAMETERS = 1 << 56  # where a generic address of a parameter begins
 
 
 class Buffer:
@@ -195,11 +196,11 @@ def _store(space: str, count: int, type_name: str) -> Decode:
                 same = np.logical_and.reduce([shared[first + i] == x.view(bits) for i, x in enumerate(values)])
                 team.batch.shadow.write(team, threads, places, size, same)
                 note_wavefronts(team, threads, addresses, size, instruction)
-                _scatter(team, threads, values, shared, first)
+                scatter(team, threads, values, shared, first)
             else:
                 for buffer, which, places in global_accesses(team, threads, addresses, size, True):
                     parts = [x[which] for x in values]
-                    _scatter(team, threads[which], parts, buffer.bytes.view(bits), places // element.itemsize)
+                    scatter(team, threads[which], parts, buffer.bytes.view(bits), places // element.itemsize)
                 note_global(team, threads, addresses)
                 team.batch.launch.counts.stored_bytes += size * len(threads)
 
@@ -208,7 +209,7 @@ def _store(space: str, count: int, type_name: str) -> Decode:
     return decode
 
 
-def _scatter(team: Team, threads: np.ndarray, values: list[np.ndarray], memory: np.ndarray, first: np.ndarray) -> None:
+def scatter(team: Team, threads: np.ndarray, values: list[np.ndarray], memory: np.ndarray, first: np.ndarray) -> None:
     """Threads that write to one place must write the same."""
     for i, part in enumerate(values):
         memory[first + i] = part.view(memory.dtype)
@@ -238,6 +239,12 @@ def written_bytes(instruction: Instruction) -> tuple[str, int] | None:
     if parts[0] == "st":
         count = next((int(part[1:]) for part in parts if part in ("v2", "v4")), 1)
         return parts[1].removesuffix("::cta"), count * dtype_of(parts[-1]).itemsize
+    if instruction.opcode.startswith("cp.async.bulk.") and "bulk_group" in parts:
+        return "global", 2 if parts[3] == "tensor" else 16
+    if parts[0] == "stmatrix":
+        return "shared", 16
+    if parts[0] == "mbarrier":
+        return "shared", 8
     if instruction.opcode.startswith(("cp.async.ca.", "cp.async.cg.")):
         size = instruction.operands[2]
         return "shared", int(size.text.removesuffix("U"), 0) if isinstance(size, Immediate) else 4

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 class PtxError(Exception):
@@ -42,8 +42,13 @@ class Negated:
 
 
 @dataclass(frozen=True)
+class Sink:
+    """`_`: the value is not wanted."""
+
+
+@dataclass(frozen=True)
 class Pair:
-    first: Register  # %r1|%p1
+    first: Register | Sink  # %r1|%p1
     second: Register
 
 
@@ -59,11 +64,14 @@ class Address:
 
 
 @dataclass(frozen=True)
-class Sink:
-    """`_`: the value is not wanted."""
+class Box:
+    """[map, {coordinates}]: a tensor map's address, and where in the tensor, the innermost dimension first."""
+
+    map: Address
+    coordinates: tuple[Operand, ...]
 
 
-Operand = Register | Immediate | Special | Symbol | Negated | Pair | Vector | Address | Sink
+Operand = Register | Immediate | Special | Symbol | Negated | Pair | Vector | Address | Box | Sink
 
 
 @dataclass(frozen=True)
@@ -211,24 +219,32 @@ class _Parser:
             raise PtxError(f"line {self.line}: not known outside of a kernel: {statement.splitlines()[0]}")
 
     def shared_variable(self, statement: str) -> Variable | None:
-        pattern = r"(\.extern\s+)?\.shared\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\]$"
+        pattern = r"(?:\.extern\s+)?\.shared\s+\.align\s+(\d+)\s+\.[busf](\d+)\s+([\w$]+)(?:\[(\d*)\])?$"
         match = re.match(pattern, statement)
-        return match and Variable(match[3], int(match[2]), int(match[4] or 0))
+        if match is None or match[2] not in _SIZES:
+            return None
+        count = 1 if match[4] is None else int(match[4] or 0)
+        return Variable(match[3], int(match[1]), count * _SIZES[match[2]])
 
     def body(self, kernel: Kernel) -> None:
         scopes: list[dict[str, Register]] = [{}]
+        labels: list[dict[str, int]] = [kernel.labels]  # those of inner scopes are known there alone
+        opened = [0]  # the first instruction of each scope
         while True:
             statement = self.next_statement()
             if statement == "":
                 raise PtxError(f"the body of {kernel.name} does not end")
             if statement == "{":
                 scopes.append({})
+                labels.append({})
+                opened.append(len(kernel.instructions))
             elif statement == "}":
                 scopes.pop()
                 if not scopes:
                     return
+                self.close(kernel, labels.pop(), opened.pop())
             elif statement.endswith(":"):
-                kernel.labels[statement[:-1]] = len(kernel.instructions)
+                labels[-1][statement[:-1]] = len(kernel.instructions)
             elif statement.startswith(".reg"):
                 self.declare(kernel, scopes[-1], statement)
             elif statement.startswith(".shared"):
@@ -242,6 +258,16 @@ class _Parser:
                 raise PtxError(f"line {self.line}: not known in a kernel: {statement}")
             else:
                 kernel.instructions.append(self.instruction(scopes, statement))
+
+    def close(self, kernel: Kernel, labels: dict[str, int], opened: int) -> None:
+        """Gives the labels of a scope names of their own, there and where the scope's instructions name them."""
+        for name, place in labels.items():
+            own = f"{name}@{place}"
+            kernel.labels[own] = place
+            for i in range(opened, len(kernel.instructions)):
+                old = kernel.instructions[i]
+                if old.opcode in ("bra", "bra.uni") and old.operands == (Symbol(name),):
+                    kernel.instructions[i] = replace(old, operands=(Symbol(own),))
 
     def declare(self, kernel: Kernel, scope: dict[str, Register], statement: str) -> None:
         match = re.match(r"\.reg\s+\.(\w+)\s+(.*)$", statement, re.S)
@@ -284,7 +310,10 @@ class _Parser:
         if text.startswith("!"):
             return Negated(self.register(scopes, text[1:], line))
         if "|" in text:
-            return Pair(*(self.register(scopes, part.strip(), line) for part in text.split("|")))
+            first, second = (part.strip() for part in text.split("|"))
+            return Pair(
+                Sink() if first == "_" else self.register(scopes, first, line), self.register(scopes, second, line)
+            )
         if _SPECIALS.match(text):
             return Special(text)
         if re.match(r"[\w$]+$", text):
@@ -297,7 +326,10 @@ class _Parser:
             raise PtxError(f"line {line}: {text} is not a register")
         return found
 
-    def address(self, scopes: list[dict[str, Register]], text: str, line: int) -> Address:
+    def address(self, scopes: list[dict[str, Register]], text: str, line: int) -> Address | Box:
+        if text.endswith("}"):
+            where, coordinates = split(text)
+            return Box(self.address(scopes, where.strip(), line), self.operand(scopes, coordinates, line).parts)
         match = re.match(r"([^\s+]+?)\s*(?:\+\s*(-?\w+))?$", text)
         if match is None:
             raise PtxError(f"line {line}: address [{text}] is not known")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from . import asynchronous, floating, integer, memory, moves, tensor_core, warp
+import numpy as np
+
+from . import asynchronous, bulk, floating, integer, mbarrier, memory, moves, tensor_core, warp, warpgroup
 from .flow import BARRIERS, Block, blocks_of
 from .parse import Address, Instruction, Kernel, Negated, PtxError, Register, Symbol
 from .table import Decode, Step
 
 TABLE: dict[str, Decode] = {}
-for _module in (integer, floating, moves, memory, warp, tensor_core, asynchronous):
+for _module in (integer, floating, moves, memory, warp, tensor_core, asynchronous, mbarrier, bulk, warpgroup):
     if twice := TABLE.keys() & _module.TABLE.keys():
         raise RuntimeError(f"defined twice: {twice}")
     TABLE |= _module.TABLE
@@ -30,6 +32,9 @@ class Code:
 class Program:
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
+        self.wgmma_registers = warpgroup.wgmma_registers(kernel.instructions)
+        self.wgmma_places = {register.index: i for i, register in enumerate(self.wgmma_registers)}
+        self.has_mbarriers = any(i.opcode.startswith("mbarrier.init") for i in kernel.instructions)
         self.blocks = [self._code(block) for block in blocks_of(kernel)]
         self.main_loop_lines = self._main_loop_lines()
         self._symbols: dict[str, int] = {}
@@ -61,7 +66,15 @@ class Program:
         if end is not None and end.opcode in BARRIERS and end.guard is not None:
             raise PtxError(f"{end}: a barrier under a predicate is not known")
         guard = guard_of(end) if end else ()
-        return Code([(i, decode(i), *guard_of(i)) for i in block.body], block, *guard)
+        return Code([(i, self._step(i), *guard_of(i)) for i in block.body], block, *guard)
+
+    def _step(self, instruction: Instruction) -> Step:
+        """Watched, if it names registers that wgmma names, and is none itself."""
+        step = decode(instruction)
+        if instruction.opcode.startswith("wgmma.") or not self.wgmma_places:
+            return step
+        named = {self.wgmma_places.get(register.index) for register in warpgroup.registers_of(instruction)} - {None}
+        return warpgroup.watched(step, np.array(sorted(named))) if named else step
 
     def _main_loop_lines(self) -> set[int]:
         blocks = [code.block for code in self.blocks]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .parse import Instruction, PtxError, Vector
+from .parse import Instruction, Pair, PtxError, Vector
 from .values import reader, writer
 
 if TYPE_CHECKING:
@@ -28,9 +28,11 @@ class Alu:
     wider: bool = False  # may the registers be wider than the types?
 
     def __call__(self, instruction: Instruction) -> Step:
-        if len(instruction.operands) != len(self.results) + len(self.sources):
+        if len(instruction.operands) != 1 + len(self.sources):
             raise PtxError(f"{instruction}: {len(instruction.operands)} operands")
         result, *sources = instruction.operands
+        if len(self.results) == 2:
+            return self._of_two(result, sources, instruction)
         write = writer(result, self.results[0], instruction, self.wider)
         read = [reader(x, t, instruction, self.wider) for x, t in zip(sources, self.sources, strict=True)]
         function = self.function
@@ -41,6 +43,20 @@ class Alu:
             a, b = read
             return lambda team, mask: write(team, function(a(team), b(team)), mask)
         return lambda team, mask: write(team, function(*(x(team) for x in read)), mask)
+
+    def _of_two(self, result: Pair, sources: list, instruction: Instruction) -> Step:
+        """Of low and of high halves: a|b."""
+        if not isinstance(result, Pair):
+            raise PtxError(f"{instruction}: two results were expected")
+        parts = zip((result.first, result.second), self.results, strict=True)
+        writes = [writer(x, t, instruction) for x, t in parts]
+        read = [reader(x, t, instruction) for x, t in zip(sources, self.sources, strict=True)]
+
+        def step(team: Team, mask: np.ndarray | None) -> None:
+            for write, values in zip(writes, self.function(*(x(team) for x in read)), strict=True):
+                write(team, values, mask)
+
+        return step
 
 
 def vector(operand, count: int, instruction: Instruction) -> tuple:

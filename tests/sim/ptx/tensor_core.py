@@ -1,4 +1,4 @@
-"""ldmatrix and mma.sync. Fragment layouts are those of the PTX ISA."""
+"""ldmatrix, stmatrix and mma.sync. Fragment layouts are those of the PTX ISA."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .memory import address_reader, note_wavefronts, shared_places
+from .memory import address_reader, note_wavefronts, scatter, shared_places
 from .parse import Instruction
 from .table import Decode, Step, vector
 from .values import bf16_to_float, reader, writer
@@ -45,6 +45,35 @@ def _ldmatrix(count: int, transpose: bool) -> Decode:
                 values = np.zeros((team.size // 32, 32), np.uint32)
                 values[warps] = pairs[:, i]
                 write[i](team, values.ravel(), mask)
+
+        return step
+
+    return decode
+
+
+def _stmatrix(count: int, transpose: bool) -> Decode:
+    """As ldmatrix, the other way round."""
+
+    def decode(instruction: Instruction) -> Step:
+        destination, source = instruction.operands
+        address = address_reader(destination, "shared", instruction)
+        read = [reader(x, "b32", instruction) for x in vector(source, count, instruction)]
+
+        def step(team: Team, mask: np.ndarray | None) -> None:
+            warps = whole_warps(team, mask, instruction.opcode)
+            giving = (warps[:, None] * 32 + np.arange(8 * count)).ravel()
+            addresses = address(team)[giving]
+            places = shared_places(team, giving, addresses, 16)
+            pairs = np.stack([np.broadcast_to(x(team), team.size).reshape(-1, 32)[warps] for x in read], 1)
+            tiles = np.ascontiguousarray(pairs).view(np.uint16).reshape(len(warps), count, 8, 8)
+            if transpose:
+                tiles = tiles.swapaxes(2, 3)
+            rows = np.ascontiguousarray(tiles).view(np.uint64).reshape(-1, 2)
+            shared, first = team.batch.shared.view(np.uint64), places // 8
+            same = (shared[first[:, None] + np.arange(2)] == rows).all(1)
+            team.batch.shadow.write(team, giving, places, 16, same)
+            note_wavefronts(team, giving, addresses, 16, instruction)
+            scatter(team, giving, [rows[:, 0], rows[:, 1]], shared, first)
 
         return step
 
@@ -121,6 +150,8 @@ def _mma(depth: int, pair: int, numbers) -> Decode:
 for _count in (1, 2, 4):
     TABLE[f"ldmatrix.sync.aligned.m8n8.x{_count}.shared.b16"] = _ldmatrix(_count, False)
     TABLE[f"ldmatrix.sync.aligned.m8n8.x{_count}.trans.shared.b16"] = _ldmatrix(_count, True)
+    TABLE[f"stmatrix.sync.aligned.m8n8.x{_count}.shared.b16"] = _stmatrix(_count, False)
+    TABLE[f"stmatrix.sync.aligned.m8n8.x{_count}.trans.shared.b16"] = _stmatrix(_count, True)
 TABLE["mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"] = _mma(16, 2, as_f16)
 TABLE["mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"] = _mma(16, 2, as_bf16)
 TABLE["mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"] = _mma(8, 1, as_tf32)

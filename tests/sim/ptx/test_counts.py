@@ -1,5 +1,7 @@
 """What launches do, counted, against closed forms."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -31,6 +33,19 @@ def launches_of(source: str, function, *given: torch.Tensor) -> list:
 def mma(launches: list, word: str) -> int:
     (found,) = [sum(launch.counts.mma.values()) for launch in launches if word in launch.kernel]
     return found
+
+
+@pytest.mark.parametrize("sequence,causal", [(256, False), (200, False), (200, True), (256, True)])
+def test_attention_of_warpgroups(sequence, causal):
+    """Triton for sm_90: wgmma of 64 rows; tiles of 128 x 128."""
+    heads, size = 2, 64
+    given = [torch.randn(1, heads, sequence, size, dtype=F16) for _ in range(3)]
+    function = partial(ops.scaled_dot_product_attention, is_causal=causal)
+    scores = heads * seen_tiles(sequence, sequence, causal, 128, 128) * 128 * 128
+    for launch in launches_of("triton sm_90", function, *given):
+        assert all(opcode.startswith("wgmma.") for opcode in launch.counts.mma)
+        products = {"attention_forward_kernel": 2, "grad_key_value_kernel": 4, "grad_query_kernel": 3}
+        assert launch.counts.operations == 2 * size * scores * products.get(launch.kernel, 0)
 
 
 @pytest.mark.parametrize("source", ["cuda", "triton"])
@@ -79,6 +94,20 @@ def test_linear(rows, width, out):
     tiles = ceil(rows, tile) * ceil(out, tile)
     assert sum(forward.counts.mma.values()) == tiles * tile * tile * ceil(width, 32) * 32 // (16 * 8 * 16)
     assert forward.counts.copied_bytes == 2 * width * (rows * ceil(out, tile) + out * ceil(rows, tile))
+
+
+@pytest.mark.parametrize(
+    "rows,width,out,tile",
+    [(100, 200, 136, (128, 256)), (64, 96, 64, (64, 64)), (130, 72, 264, (128, 256)), (300, 256, 512, (128, 256))],
+)
+def test_linear_of_tensor_maps(rows, width, out, tile):
+    """Triton for sm_90: bulk copies of what is inside of the matrices, wgmma of whole tiles, 64 deep."""
+    given = [torch.randn(n, dtype=F16) for n in ((rows, width), (out, width))]
+    forward = launches_of("triton sm_90", lambda x, w: ops.linear(x, w), *given)[0]
+    m, n = ceil(rows, tile[0]), ceil(out, tile[1])
+    assert forward.counts.operations == 2 * m * n * tile[0] * tile[1] * ceil(width, 64) * 64
+    assert forward.counts.copied_bytes == 2 * width * (rows * n + out * m)
+    assert forward.counts.loaded_bytes == 0
 
 
 @pytest.mark.parametrize("source", ["cuda", "triton"])

@@ -221,12 +221,29 @@ def test_signs(opcode):
 
 def test_other_signs():
     x = numbers("bf16x2")
-    assert np.array_equal(run("abs.bf16x2", [x]), x & 0x7FFF7FFF)
+    for opcode in ("abs.f16x2", "abs.bf16x2"):
+        assert np.array_equal(run(opcode, [x]), x & 0x7FFF7FFF)
     a, b = numbers("f32"), numbers("f32")
     assert np.array_equal(run("copysign.f32", [a, b]), b & 0x7FFFFFFF | a & 0x80000000)
 
 
-@pytest.mark.parametrize("opcode", [x for x in TABLE if x.startswith("setp.")], ids=lambda x: x.removeprefix("setp."))
+COMPARISONS = [x for x in TABLE if x.startswith("setp.")]
+
+
+@pytest.mark.parametrize("opcode", [x for x in COMPARISONS if x.endswith("x2")])
+def test_comparisons_of_pairs(opcode):
+    """Of low halves, and of high ones."""
+    a, b = (numbers(opcode.split(".")[-1]) for _ in range(2))
+    b = np.where(RNG.integers(0, 2, len(a)) == 0, a, b)
+    found = compute(f"{opcode} D0|D1, A, B", ["pred", "pred"], ["b32", "b32"], a, b)
+    for got, shift in zip(found, (0, 16), strict=True):
+        halves = [(x >> np.uint32(shift)).astype(np.uint16) for x in (a, b)]
+        assert np.array_equal(got, run(opcode.removesuffix("x2"), halves))
+
+
+@pytest.mark.parametrize(
+    "opcode", [x for x in COMPARISONS if not x.endswith("x2")], ids=lambda x: x.removeprefix("setp.")
+)
 def test_comparisons(opcode):
     _, name, type_name = opcode.split(".")
     bits = [numbers(type_name) for _ in range(2)]
@@ -287,7 +304,7 @@ def test_limits_of_approximations():
     assert np.isnan(run("sqrt.rn.f32", [np.array([-1], np.float32)]).view(np.float32)).all()
 
 
-OF_INTEGERS = [x for x in floating.TABLE if re.match(r"cvt\.rn\.f(16|32)\.[us]\d+$", x)]
+OF_INTEGERS = [x for x in floating.TABLE if re.match(r"cvt\.rn\.b?f(16|32)\.[us]\d+$", x)]
 BETWEEN_INTEGERS = [x for x in floating.TABLE if re.match(r"cvt\.[us]\d+\.[us]\d+$", x)]
 
 

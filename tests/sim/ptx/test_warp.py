@@ -72,6 +72,24 @@ def test_votes():
     assert ballot.tolist() == np.repeat([sum(bit << i for i, bit in enumerate(row)) for row in rows], 32).tolist()
 
 
+@pytest.mark.parametrize("order", ["together", "forward", "reverse", "random"])
+def test_elections(order):
+    """One of the lanes that take part leads, and all know which."""
+    body = """
+        setp.gt.u32 %p0, %r0, 10; mov.u32 %r5, 99; mov.u32 %r6, 0;
+        @%p0 elect.sync %r5|%p1, 0xfffff800;
+        @%p0 elect.sync _|%p2, 0xfffff800;
+        @%p0 selp.u32 %r6, 1, 0, %p1;
+        mad.wide.u32 %d2, %r0, 4, %d0; st.global.u32 [%d2], %r5;
+        mad.wide.u32 %d2, %r0, 4, %d1; st.global.u32 [%d2], %r6;"""
+    lanes, leads = np.zeros(32, np.uint32), np.zeros(32, np.uint32)
+    launch(kernel(body, 2), lanes, leads, order=order, seed=3)
+    leader = int(lanes[31])
+    assert leader > 10 and lanes.tolist() == [99] * 11 + [leader] * 21
+    assert leads.tolist() == [int(i == leader) for i in range(32)]
+    assert order not in ("together", "reverse") or leader == {"together": 11, "reverse": 31}[order]
+
+
 def test_part_of_a_warp():
     """Lanes 0 to 7 add, the others vote, each with their own member mask."""
     out = np.zeros(32, np.uint32)
@@ -222,6 +240,34 @@ class TestLdmatrix:
         met = sum(int(np.bincount(row).max()) - 1 for row in eights)
         assert counts.wavefronts == 4 + count + met and sum(counts.conflicts.values()) == met
 
+    @pytest.mark.parametrize("count", [1, 2, 4])
+    @pytest.mark.parametrize("transpose", [False, True])
+    def test_the_other_way_round(self, count, transpose):
+        """PTX ISA, stmatrix: lane l gives columns 2 (l % 4) and the next of row l / 4 of each matrix, or of its
+        transpose."""
+        pairs = RNG.integers(0, 2**32, (32, count), dtype=np.uint32)
+        rows = RNG.permutation(8 * count).astype(np.uint32)
+        body = f"""
+            mad.wide.u32 %d5, %r0, {4 * count}, %d0;
+            ld.global{f".v{count}" if count > 1 else ""}.b32 {{{", ".join(f"%r{4 + i}" for i in range(count))}}}, [%d5];
+            mov.u32 %r10, tile; and.b32 %r11, %r0, {8 * count - 1}; mad.wide.u32 %d5, %r11, 4, %d1;
+            ld.global.b32 %r12, [%d5]; shl.b32 %r12, %r12, 4; add.s32 %r12, %r10, %r12;
+            stmatrix.sync.aligned.m8n8.x{count}{".trans" if transpose else ""}.shared.b16 [%r12],
+                {{{", ".join(f"%r{4 + i}" for i in range(count))}}};
+            bar.sync 0; setp.lt.u32 %p0, %r0, {8 * count}; @!%p0 bra $END;
+            shl.b32 %r11, %r0, 4; add.s32 %r11, %r10, %r11; ld.shared.v4.b32 {{%r4, %r5, %r6, %r7}}, [%r11];
+            mad.wide.u32 %d5, %r0, 16, %d2; st.global.v4.b32 [%d5], {{%r4, %r5, %r6, %r7}};
+        $END:"""
+        out = np.zeros((8 * count, 8), np.uint16)
+        launch(kernel(body, 3, ".shared .align 16 .b8 tile[512];"), pairs, rows, out)
+        matrices = np.zeros((count, 8, 8), np.uint16)
+        for i in range(count):
+            for lane in range(32):
+                matrices[i, lane // 4, lane % 4 * 2 :][:2] = pairs[lane : lane + 1, i].view(np.uint16)
+        if transpose:
+            matrices = matrices.swapaxes(1, 2)
+        assert np.array_equal(out[rows], matrices.reshape(-1, 8))
+
     def test_unaligned(self):
         body = "mov.u32 %r5, tile; add.s32 %r5, %r5, 8; ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r6}, [%r5];"
         with pytest.raises(Fault, match="address 0x8 is not aligned to 16 bytes"):
@@ -232,5 +278,8 @@ def test_every_instruction_is_tested():
     named = {F16, BF16, TF32, "bar.warp.sync"} | {f"shfl.sync.{mode}.b32" for mode in ("up", "down", "bfly", "idx")}
     named |= {f"redux.sync.{name}.{t}32" for name in ("add", "min", "max") for t in "su"}
     named |= {"vote.sync.any.pred", "vote.sync.all.pred", "vote.sync.ballot.b32"}
+    named |= {"elect.sync"} | {
+        f"stmatrix.sync.aligned.m8n8.x{n}{t}.shared.b16" for n in (1, 2, 4) for t in ("", ".trans")
+    }
     named |= {f"ldmatrix.sync.aligned.m8n8.x{n}{t}.shared.b16" for n in (1, 2, 4) for t in ("", ".trans")}
     assert named == (warp.TABLE | tensor_core.TABLE).keys()

@@ -11,14 +11,16 @@ from .machine import Launch
 from .memory import Memory
 from .parse import parse
 from .program import Program
+from .tensor_map import TensorMap
 
-HEADER = ".version 8.7\n.target sm_80\n.address_size 64\n"
+HEADER = ".version 8.7\n.target sm_90a\n.address_size 64\n"
 REGISTERS = ".reg .pred %p<9>; .reg .b16 %h<9>; .reg .b32 %r<20>; .reg .b64 %d<20>;"
 
 
-def kernel(body: str, parameters: int = 0, shared: str = "") -> str:
+def kernel(body: str, parameters: int = 0, shared: str = "", maps: int = 0) -> str:
     """A kernel named k with pointers as parameters, in %d0, %d1, ...; %r0 is the thread's number in the block,
-    %r1 the block's, %r2 the thread's in the grid. `shared`: declarations."""
+    %r1 the block's, %r2 the thread's in the grid. `shared`: declarations. `maps`: tensor maps, their addresses in
+    %d18, %d19."""
     lines = [f"ld.param.u64 %d{i}, [k_param_{i}];" for i in range(parameters)]
     lines += [
         "mov.u32 %r0, %tid.x;",
@@ -26,7 +28,10 @@ def kernel(body: str, parameters: int = 0, shared: str = "") -> str:
         "mov.u32 %r3, %ntid.x;",
         "mad.lo.s32 %r2, %r1, %r3, %r0;",
     ]
-    names = ", ".join(f".param .u64 k_param_{i}" for i in range(parameters))
+    for i in range(maps):
+        lines.append(f"mov.b64 %d{18 + i}, k_map_{i}; cvta.param.u64 %d{18 + i}, %d{18 + i};")
+    names = [f".param .u64 k_param_{i}" for i in range(parameters)]
+    names = ", ".join(names + [f".param .align 64 .b8 k_map_{i}[128]" for i in range(maps)])
     return "\n".join([HEADER, shared, f".visible .entry k({names})", "{", REGISTERS, *lines, body, "ret;", "}"])
 
 
@@ -47,12 +52,15 @@ def launch(
     dynamic_shared: int = 0,
     order: str = "together",
     seed: int = 0,
+    maps: Sequence[TensorMap] = (),
 ) -> Counts:
-    """Runs k, which gets the addresses of the arrays."""
+    """Runs k, which gets the addresses of the arrays, and the maps."""
     memory = Memory([(x.ctypes.data, x.nbytes, f"array {i}") for i, x in enumerate(arrays)])
-    addresses = np.array([x.ctypes.data for x in arrays], np.uint64).view(np.uint8)
-    program = Program(parse(text, "k"))
-    run = Launch(program, (blocks, 1, 1), (threads, 1, 1), dynamic_shared, addresses, memory, order, seed)
+    parameters = np.array([x.ctypes.data for x in arrays], np.uint64).tobytes()
+    for each in maps:
+        parameters += bytes(-len(parameters) % 64) + each.tobytes()
+    program, parameters = Program(parse(text, "k")), np.frombuffer(parameters, np.uint8)
+    run = Launch(program, (blocks, 1, 1), (threads, 1, 1), dynamic_shared, parameters, memory, order, seed)
     return run.run()
 
 

@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from aot import compiling_for
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import Finished, Runner, buffers_of
 from .program import Program
+from .tensor_map import TensorMap
 
 SCALARS = {"i1": np.int8, "i8": np.int8, "i16": np.int16, "i32": np.int32, "i64": np.int64}
 SCALARS |= {"u8": np.uint8, "u16": np.uint16, "u32": np.uint32, "u64": np.uint64, "fp32": np.float32}
@@ -40,9 +42,12 @@ def running_triton(
             size = grid(given) if callable(grid) else grid
             text = compiled.asm["ptx"]
             program = runner.program(text, compiled.metadata.name)
-            arguments = [pair for name, kind in compiled.src.signature.items() for pair in _flat(kind, given.get(name))]
+            maps = list(compiled.metadata.tensordesc_meta or ())
+            signature = compiled.src.signature.items()
+            arguments = [pair for name, kind in signature for pair in _flat(kind, given.get(name), maps)]
             parameters = _parameters(program, arguments)
             tensors = [x for _, x in arguments if isinstance(x, torch.Tensor)]
+            tensors += [x.base for x in given.values() if isinstance(x, TensorDescriptor)]
             blocks = tuple([*size, 1, 1][:3])
             threads = (32 * compiled.metadata.num_warps, 1, 1)
             runner.run(program, blocks, threads, compiled.metadata.shared, parameters, buffers_of(tensors))
@@ -56,11 +61,30 @@ def running_triton(
             JITFunction.run = compile_only
 
 
-def _flat(kind: str | tuple, value: object) -> list[tuple[str, object]]:
-    """(type, value) of what the compiled kernel takes: tuples are one argument for each element."""
+def _flat(kind: str | tuple, value: object, maps: list[dict]) -> list[tuple[str, object]]:
+    """(type, value) of what the compiled kernel takes: tuples are one argument for each element; descriptors are a
+    tensor map, for which `maps` has the next entry, sizes and strides."""
     if isinstance(kind, tuple):
-        return [pair for k, v in zip(kind, value, strict=True) for pair in _flat(k, v)]
+        return [pair for k, v in zip(kind, value, strict=True) for pair in _flat(k, v, maps)]
+    if kind.startswith("tensordesc<"):
+        sizes = [("i32", n) for n in value.shape] + [("i64", n) for n in value.strides]
+        return [("map", _tensor_map(value, maps.pop(0))), *sizes]
     return [] if kind == "constexpr" else [(kind, value)]
+
+
+def _tensor_map(descriptor: TensorDescriptor, made: dict) -> TensorMap:
+    """As Triton's launcher for NVIDIA encodes it."""
+    if made["fp4_padded"] or made["is_im2col"] or descriptor.padding != "zero" or descriptor.round_f32_to_tf32:
+        raise ValueError(f"a tensor descriptor that is not known: {descriptor}, {made}")
+    host_types = {8: 10, 9: 8, 10: 9}  # the numbers of types differ between kernels and the driver
+    return TensorMap(
+        host_types.get(made["elem_type"], made["elem_type"]),
+        descriptor.base.data_ptr(),
+        tuple(descriptor.shape)[::-1],
+        tuple(n * made["elem_size"] for n in descriptor.strides[:-1])[::-1],
+        tuple(made["block_size"])[::-1],
+        made["swizzle"],
+    )
 
 
 def _parameters(program: Program, arguments: list[tuple[str, object]]) -> np.ndarray:
@@ -74,6 +98,8 @@ def _parameters(program: Program, arguments: list[tuple[str, object]]) -> np.nda
             number = np.uint64(value.data_ptr() if isinstance(value, torch.Tensor) else value or 0)
         elif kind in SCALARS:
             number = SCALARS[kind](value)
+        elif kind == "map":
+            number = value
         else:
             raise ValueError(f"{program.kernel.name}: an argument of type {kind} is not known")
         bits = np.frombuffer(number.tobytes(), np.uint8)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .faults import Fault
-from .parse import Instruction, Pair
+from .parse import Instruction, Pair, PtxError
 from .table import Decode, Step
 from .values import reader, writer
 
@@ -141,6 +141,29 @@ def _vote(type_name: str, function: Callable) -> Decode:
     return decode
 
 
+def _elect(instruction: Instruction) -> Step:
+    """Which lane leads is left to the GPU: here the first, or by the order of warps the last or any."""
+    result, member = instruction.operands
+    if not isinstance(result, Pair):
+        raise PtxError(f"{instruction}: a lane and a predicate were expected")
+    write, write_leads = writer(result.first, "b32", instruction), writer(result.second, "pred", instruction)
+    read = reader(member, "b32", instruction)
+
+    def step(team: Team, mask: np.ndarray | None) -> None:
+        given = np.broadcast_to(read(team), team.size)
+        members(team, mask, given, instruction.opcode)
+        launch = team.batch.launch
+        order = np.arange(32)[:: -1 if launch.order == "reverse" else 1]
+        if launch.order == "random":
+            order = np.random.default_rng(launch.seed).permutation(32)
+        taking_part = given[:, None] >> order.astype(np.uint32) & np.uint32(1)
+        leader = order[taking_part.argmax(1)].astype(np.uint32)
+        write(team, leader, mask)
+        write_leads(team, leader == np.tile(LANES, team.size // 32), mask)
+
+    return step
+
+
 def _bar_warp_sync(instruction: Instruction) -> Step:
     (member,) = instruction.operands
     read = reader(member, "b32", instruction)
@@ -160,3 +183,4 @@ TABLE["vote.sync.any.pred"] = _vote("pred", lambda x, active: x.any(1))
 TABLE["vote.sync.all.pred"] = _vote("pred", lambda x, active: (x | ~active).all(1))
 TABLE["vote.sync.ballot.b32"] = _vote("b32", lambda x, active: (x * (np.uint32(1) << LANES)).sum(1, dtype=np.uint32))
 TABLE["bar.warp.sync"] = _bar_warp_sync
+TABLE["elect.sync"] = _elect
