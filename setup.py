@@ -58,8 +58,9 @@ if platform.machine() == "x86_64":
 ARCHITECTURES = os.environ.get("FASTFORMER_CUDA_ARCHITECTURES", "80 86 89 90 100 120").split()
 # A kernel that has too few registers fails the build.
 NVCC_FLAGS = ["-std=c++20", "-O3", "-DUSE_CUDA", "-Xptxas", "-warn-spills,-Werror", "--compress-mode=size"]
-NVCC_FLAGS += [f"-gencode=arch=compute_{n},code=sm_{n}" for n in ARCHITECTURES]
-NVCC_FLAGS += [f"-gencode=arch=compute_{n},code=compute_{n}" for n in ARCHITECTURES[-1:]]  # for GPUs to come
+NVCC_ARCHITECTURES = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in ARCHITECTURES]
+NVCC_ARCHITECTURES += [f"-gencode=arch=compute_{n},code=compute_{n}" for n in ARCHITECTURES[-1:]]  # for GPUs to come
+NVCC_HOPPER = ["-gencode=arch=compute_90a,code=sm_90a"]  # of the files *_hopper_*.cu
 
 NINJA_RULES = """\
 rule compile
@@ -141,7 +142,8 @@ def write_cuda_ninja_file() -> None:
     lines.append(f"  flags = {shlex.join(host_flags)}\n  set = cuda\n")
     for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
         objects.append(f"{source.stem}.o")
-        lines.append(f"build {objects[-1]}: compile_cuda {ninja_path(source)}\n  flags = {shlex.join(cuda_flags)}\n")
+        flags = [*cuda_flags, *(NVCC_HOPPER if "_hopper_" in source.name else NVCC_ARCHITECTURES)]
+        lines.append(f"build {objects[-1]}: compile_cuda {ninja_path(source)}\n  flags = {shlex.join(flags)}\n")
     lines.append(f"build {LIBRARY_CUDA}.so: link {' '.join(objects)} | {ninja_path(exports)}\n")
     lines.append(f"  flags = {shlex.join(link_flags)}\n")
 

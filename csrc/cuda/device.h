@@ -10,11 +10,13 @@
 // Shared memory is declared by these macros alone:
 //   SHARED_ARRAY(float, name, size)  of a size known to the compiler
 //   DYNAMIC_SHARED(name)             unsigned char name[], of the bytes that the launch asks for
-// SIM_WHERE ends the parameters of a function that the simulator checks, so that it can name the caller's line.
+// SIM_WHERE ends the parameters of a function that the simulator checks, so that it can name the caller's line;
+// SIM_WHERE_ALONE where there are no others.
 #ifdef __CUDACC__
 #define SHARED_ARRAY(type, name, size) __shared__ type name[size]
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 #define SIM_WHERE
+#define SIM_WHERE_ALONE
 #else
 #define SHARED_ARRAY(type, name, size) \
   static char name##_tag;              \
@@ -22,6 +24,7 @@
       static_cast<type*>(::sim::shared_array(&name##_tag, sizeof(type) * (size), alignof(type), #name)), size, #name)
 #define DYNAMIC_SHARED(name) unsigned char* const name = ::sim::dynamic_shared()
 #define SIM_WHERE , ::sim::Where where = ::sim::Where::current()
+#define SIM_WHERE_ALONE ::sim::Where where = ::sim::Where::current()
 #endif
 
 namespace fastformer {
@@ -79,7 +82,7 @@ template <class V> __device__ __forceinline__ V load_shared(const V* from SIM_WH
 }
 template <class V> __device__ __forceinline__ void store_shared(V* to, const V& value SIM_WHERE) {
 #ifndef __CUDACC__
-  ::sim::check_shared(to, sizeof(V), alignof(V), "store_shared", where);
+  ::sim::check_shared(to, sizeof(V), alignof(V), "store_shared", where, true);
   ::sim::note_shared_access(to, sizeof(V), where);
 #endif
   *to = value;

@@ -50,6 +50,19 @@ inline int multiprocessors() {
 #endif
 }
 
+// Has the current device what sm_90a has beside sm_90? In the simulator: the word `hopper` in FASTFORMER_SIM.
+inline bool is_hopper() {
+#ifdef __CUDACC__
+  int device = 0, major = 0;
+  const bool found = cudaGetDevice(&device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess;
+  STD_TORCH_CHECK(found, "CUDA does not tell the device's properties");
+  return major == 9;
+#else
+  return ::sim::options().hopper;
+#endif
+}
+
 struct Launch {
   const char* kernel;
   std::initializer_list<std::pair<const char*, int64_t>> shape;  // for messages: {"rows", rows}, ...

@@ -25,6 +25,12 @@ OperandArg operand_arg(const Operand& operand) {
   return {data, operand.count, operand.stride, is_aligned(data, operand.stride, 16 / size, size)};
 }
 
+// Can TMA read it? It wants rows 16 bytes apart or multiples of it, and 32-bit places. The depth is not 0.
+bool tma_takes(const OperandArg& operand, int64_t depth, bool depth_adjacent) {
+  return operand.aligned && operand.stride >= (depth_adjacent ? depth : operand.count) && depth > 0 &&
+         depth <= INT32_MAX && operand.count <= INT32_MAX;
+}
+
 // May 4 neighbours of everything that the epilogue touches move as one?
 bool is_aligned(const Epilogue& e, int64_t columns, int64_t element_size) {
   bool aligned = columns % 4 == 0 && (!e.residual || e.residual_stride % 4 == 0);
@@ -34,14 +40,31 @@ bool is_aligned(const Epilogue& e, int64_t columns, int64_t element_size) {
   return aligned;
 }
 
+// Small tiles, of up to `wanted` parts of the depth, each at least 1024 of it.
+Split split_depth(int64_t depth, int64_t wanted) {
+  const int64_t count = std::clamp<int64_t>(std::min(wanted, depth / 1024), 1, 64);
+  const int64_t part = ((depth + count - 1) / count + 63) / 64 * 64;  // whole steps
+  return {false, std::max<int64_t>((depth + part - 1) / std::max<int64_t>(part, 1), 1), part};
+}
+
 // Large tiles where there are enough of them for the GPU, else small ones; where these are too few, too, the depth is
-// split in parts of at least 1024.
+// split.
 Split split_of(int64_t rows, int64_t columns, int64_t depth, int64_t processors, bool float32) {
   const auto tiles = [&](int64_t size) { return (rows + size - 1) / size * ((columns + size - 1) / size); };
   if (!float32 && tiles(128) >= processors) return {true, 1, depth};
-  const int64_t wanted = std::clamp<int64_t>(std::min(processors / tiles(64), depth / 1024), 1, 64);
-  const int64_t part = ((depth + wanted - 1) / wanted + 63) / 64 * 64;  // whole steps
-  return {false, std::max<int64_t>((depth + part - 1) / std::max<int64_t>(part, 1), 1), part};
+  return split_depth(depth, processors / tiles(64));
+}
+
+// On Hopper: tiles of 128 x 256 where they don't leave more processors without work than those of 128 x 128. Where these
+// are too few, too, the depth is split. None: not even half of the processors would have work.
+std::optional<Split> hopper_split_of(int64_t rows, int64_t columns, int64_t depth, int64_t processors) {
+  const auto rounds = [&](int64_t width) {
+    return ((rows + 127) / 128 * ((columns + width - 1) / width) + processors - 1) / processors;
+  };
+  const int64_t tiles = (rows + 127) / 128 * ((columns + 127) / 128);
+  if (tiles >= processors) return Split{2 * rounds(256) <= rounds(128), 1, depth};
+  const Split split = split_depth(depth, processors / tiles);
+  return 2 * tiles * split.count >= processors ? std::optional(split) : std::nullopt;
 }
 
 FinishArgs finish_args(int64_t rows, int64_t columns, const Epilogue& epilogue) {
@@ -69,9 +92,14 @@ void matmul(const OnDeviceOf& device, const char* name, const Operand& a, const 
   const int64_t rows = a.count, columns = b.count, depth = a.depth;
   if (rows == 0 || columns == 0) return;
   const DType dtype = dtype_of(a.tensor);
-  const Split split = split_of(rows, columns, depth, multiprocessors(), dtype == DType::f32);
-  MatmulArgs args = {.depth = depth, .a = operand_arg(a), .b = operand_arg(b), .split_depth = split.depth,
-                     .partial = nullptr, .epilogue = epilogue};
+  MatmulArgs args = {.depth = depth, .a = operand_arg(a), .b = operand_arg(b), .split_depth = 0, .partial = nullptr,
+                     .epilogue = epilogue};
+  std::optional<Split> hopper;
+  if (dtype != DType::f32 && is_hopper() && tma_takes(args.a, depth, a.depth_adjacent) &&
+      tma_takes(args.b, depth, b.depth_adjacent))
+    hopper = hopper_split_of(rows, columns, depth, multiprocessors());
+  const Split split = hopper ? *hopper : split_of(rows, columns, depth, multiprocessors(), dtype == DType::f32);
+  args.split_depth = split.depth;
   args.epilogue.aligned = is_aligned(epilogue, columns, a.tensor.element_size());
   std::optional<Tensor> partial;
   if (split.count > 1) {
@@ -79,7 +107,9 @@ void matmul(const OnDeviceOf& device, const char* name, const Operand& a, const 
     args.partial = static_cast<float*>(partial->mutable_data_ptr());
   }
   dispatch(dtype, [&]<class T>() {
-    Launches<T>::matmul(device, name, args, split, a.depth_adjacent, b.depth_adjacent);
+    if constexpr (!std::is_same_v<T, float>)
+      if (hopper) HopperLaunches<T>::matmul(device, name, args, split, a.depth_adjacent, b.depth_adjacent);
+    if (!hopper) Launches<T>::matmul(device, name, args, split, a.depth_adjacent, b.depth_adjacent);
     if (!partial) return;
     FinishArgs finish = finish_args(rows, columns, args.epilogue);
     finish.partial = args.partial;

@@ -114,6 +114,48 @@ __device__ __forceinline__ void finish_row(const Epilogue& e, int64_t row, int64
   }
 }
 
+// Of the output: where a tile begins.
+struct Place {
+  int64_t row, column;
+};
+
+constexpr int kGroupRows = 8;  // of tiles that run together and share operands in L2
+
+// The block's tile: in groups of kGroupRows rows of tiles, column by column.
+template <class Tile> __device__ __forceinline__ Place place_of_tile(const MatmulArgs& args) {
+  const int64_t group = blockIdx.x / (kGroupRows * args.tiles_n), within = blockIdx.x % (kGroupRows * args.tiles_n);
+  const int64_t height = min(args.tiles_m - group * kGroupRows, int64_t(kGroupRows));
+  return {(group * kGroupRows + within % height) * Tile::kM, within / height * Tile::kN};
+}
+
+// What this warp of Tile::kWarps does of the tile, of which shared memory holds the product.
+template <class T, class Tile>
+__device__ __forceinline__ void finish_tile(const MatmulArgs& args, const float* tile, Place place, int warp) {
+  const int64_t rows = args.a.count, columns = args.b.count;
+  constexpr int kUnitsN = Tile::kN / kUnitColumns;
+#pragma unroll 1
+  for (int unit = warp; unit < Tile::kM / kUnitRows * kUnitsN; unit += Tile::kWarps) {
+    const int lane = threadIdx.x % 32;
+    const int r = unit / kUnitsN * kUnitRows + row_of_lane(lane);
+    const int c = unit % kUnitsN * kUnitColumns + column_of_lane(lane);
+    if (place.row + r >= rows) continue;
+    const auto values = [&](int i) {
+      return load_shared(reinterpret_cast<const Quad*>(tile + r * Tile::kPitch + c + i * kQuadDistance));
+    };
+    if (!args.partial) {
+      finish_row<T>(args.epilogue, place.row + r, place.column + c, columns, values);
+      continue;
+    }
+#pragma unroll
+    for (int i = 0; i < kQuads; ++i) {
+      const int64_t first = place.column + c + i * kQuadDistance, left = columns - first;
+      if (left > 0)
+        store_quad<float>(args.partial, (blockIdx.y * rows + place.row + r) * columns + first, values(i),
+                          static_cast<int>(left < 4 ? left : 4), args.epilogue.aligned);
+    }
+  }
+}
+
 constexpr int kFinishWarps = 4;
 
 template <class T> __global__ void __launch_bounds__(32 * kFinishWarps) finish_kernel(const FinishArgs a) {

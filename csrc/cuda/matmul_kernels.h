@@ -21,7 +21,6 @@ constexpr int kStages = 4;
 constexpr int kChunk = 16;  // bytes
 template <class T> constexpr int kChunkSize = kChunk / sizeof(T);   // elements
 template <class T> constexpr int kStepDepth = 64 / sizeof(T);
-constexpr int kGroupRows = 8;  // of tiles that run together and share operands in L2
 
 // kM x kN elements of the output by kWarpsM x kWarpsN warps.
 template <int kM_, int kN_, int kWarpsM, int kWarpsN_> struct Tile {
@@ -200,10 +199,7 @@ __global__ void __launch_bounds__(32 * Tile::kWarps, Tile::kBlocks) matmul_kerne
   DYNAMIC_SHARED(shared);
   const auto a_shared = [&](int step) { return shared + step % kStages * (Tile::kABytes + Tile::kBBytes); };
 
-  // Tiles in groups of kGroupRows rows of tiles, column by column.
-  const int64_t group = blockIdx.x / (kGroupRows * args.tiles_n), within = blockIdx.x % (kGroupRows * args.tiles_n);
-  const int64_t height = min(args.tiles_m - group * kGroupRows, int64_t(kGroupRows));
-  const int64_t row = (group * kGroupRows + within % height) * Tile::kM, column = within / height * Tile::kN;
+  const auto [row, column] = place_of_tile<Tile>(args);
 
   const int64_t begin = blockIdx.y * args.split_depth, end = min(begin + args.split_depth, args.depth);
   const int steps = begin < end ? static_cast<int>((end - begin + kStepDepth<T> - 1) / kStepDepth<T>) : 0;
@@ -234,29 +230,7 @@ __global__ void __launch_bounds__(32 * Tile::kWarps, Tile::kBlocks) matmul_kerne
   float* tile = reinterpret_cast<float*>(shared);
   product.store(tile, m0, n0);
   __syncthreads();
-  const int64_t rows = args.a.count, columns = args.b.count;
-  constexpr int kUnitsN = Tile::kN / kUnitColumns;
-#pragma unroll 1
-  for (int unit = warp; unit < Tile::kM / kUnitRows * kUnitsN; unit += Tile::kWarps) {
-    const int lane = threadIdx.x % 32;
-    const int r = unit / kUnitsN * kUnitRows + row_of_lane(lane);
-    const int c = unit % kUnitsN * kUnitColumns + column_of_lane(lane);
-    if (row + r >= rows) continue;
-    const auto values = [&](int i) {
-      return load_shared(reinterpret_cast<const Quad*>(tile + r * Tile::kPitch + c + i * kQuadDistance));
-    };
-    if (!args.partial) {
-      finish_row<T>(args.epilogue, row + r, column + c, columns, values);
-      continue;
-    }
-#pragma unroll
-    for (int i = 0; i < kQuads; ++i) {
-      const int64_t first = column + c + i * kQuadDistance, left = columns - first;
-      if (left > 0)
-        store_quad<float>(args.partial, (blockIdx.y * rows + row + r) * columns + first, values(i),
-                          static_cast<int>(left < 4 ? left : 4), args.epilogue.aligned);
-    }
-  }
+  finish_tile<T, Tile>(args, tile, {row, column}, warp);
 }
 
 }  // namespace
@@ -265,14 +239,7 @@ template <class T>
 void Launches<T>::matmul(const OnDeviceOf& device, const char* name, MatmulArgs args, const Split& split,
                          bool a_depth_adjacent, bool b_depth_adjacent) {
   const auto start = [&]<class Tile, bool kADepth, bool kBDepth>() {
-    args.tiles_m = (args.a.count + Tile::kM - 1) / Tile::kM;
-    args.tiles_n = (args.b.count + Tile::kN - 1) / Tile::kN;
-    STD_TORCH_CHECK(args.tiles_m * args.tiles_n <= INT32_MAX, "fastformer_cuda takes products of up to 2^31 - 1 tiles");
-    const dim3 blocks(static_cast<unsigned>(args.tiles_m * args.tiles_n), static_cast<unsigned>(split.count));
-    launch(device,
-           {name, {{"rows", args.a.count}, {"columns", args.b.count}, {"depth", args.depth}}, blocks,
-            dim3(32 * Tile::kWarps), Tile::kSharedBytes},
-           matmul_kernel<T, Tile, kADepth, kBDepth>, args);
+    launch_tiles<Tile>(device, name, args, split, 32 * Tile::kWarps, matmul_kernel<T, Tile, kADepth, kBDepth>);
   };
   const auto start_tile = [&]<class Tile>() {
     if (!a_depth_adjacent) return start.template operator()<Tile, false, false>();

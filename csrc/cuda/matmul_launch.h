@@ -52,4 +52,24 @@ template <class T> struct Launches {
   static void column_sums(const OnDeviceOf& device, int groups, const ColumnSumsArgs& args);
 };
 
+// The same on sm_90a, for 16-bit types and operands that TMA takes. Large tiles are 128 x 256, the others 128 x 128.
+template <class T> struct HopperLaunches {
+  static void matmul(const OnDeviceOf& device, const char* name, MatmulArgs args, const Split& split,
+                     bool a_depth_adjacent, bool b_depth_adjacent);
+};
+
+// Starts a kernel of a block for each tile of the product and part of the depth.
+template <class Tile, class... Parameters, class... Maps>
+void launch_tiles(const OnDeviceOf& device, const char* name, MatmulArgs args, const Split& split, int threads,
+                  void (*kernel)(const MatmulArgs, Parameters...), const Maps&... maps) {
+  args.tiles_m = (args.a.count + Tile::kM - 1) / Tile::kM;
+  args.tiles_n = (args.b.count + Tile::kN - 1) / Tile::kN;
+  STD_TORCH_CHECK(args.tiles_m * args.tiles_n <= INT32_MAX, "fastformer_cuda takes products of up to 2^31 - 1 tiles");
+  const dim3 blocks(static_cast<unsigned>(args.tiles_m * args.tiles_n), static_cast<unsigned>(split.count));
+  launch(device,
+         {name, {{"rows", args.a.count}, {"columns", args.b.count}, {"depth", args.depth}}, blocks,
+          dim3(static_cast<unsigned>(threads)), Tile::kSharedBytes},
+         kernel, args, maps...);
+}
+
 }  // namespace fastformer

@@ -70,7 +70,7 @@ def build(variant: str = "plain", folder: Path | None = None, stand_ins: Sequenc
     checked = sorted([*kernels, HERE / "faults.cpp", *(HERE / "shim").glob("*.cpp")], key=lambda path: path.stem)
     # What tests call the simulator by: without sanitizers it is compiled in a third of the time. Last, so that inline
     # functions are linked as the kernels have them.
-    sources = [*checked, HERE / "instructions.cpp", HERE / "module.cpp"]
+    sources = [*checked, *(HERE / f"{name}.cpp" for name in ("instructions", "hopper_kernels", "module"))]
 
     lines = [NINJA.format(cxx=shlex.join(compiler()), flags=shlex.join(flags), link=shlex.join(link))]
     objects = [f"{source.stem}.o" for source in sources]

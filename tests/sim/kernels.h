@@ -7,5 +7,6 @@ namespace kernels {
 
 void bind_instructions(pybind11::module_& m);
 void bind_faults(pybind11::module_& m);
+void bind_hopper(pybind11::module_& m);
 
 }  // namespace kernels

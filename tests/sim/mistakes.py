@@ -14,6 +14,11 @@ MATMUL_BF16, MATMUL_F16 = (
     ("tests/sim/test_cuda_matmul.py", "-k", f"(four_steps or split or bank or many_rows) and {dtype}")
     for dtype in ("dtype1", "dtype2")
 )
+HOPPER_MATMUL_BF16 = (
+    "tests/sim/test_cuda_matmul_hopper.py",
+    "-k",
+    "(more_steps or split or tma) and not dtype1",
+)
 ATTENTION_F32, ATTENTION_BF16 = (
     ("tests/sim/test_cuda_attention.py", "-k", f"(many_tiles or orders or Split) and {dtype}")
     for dtype in ("dtype0", "dtype1")
@@ -56,8 +61,10 @@ MISTAKES = {
         "no barrier between writing and reading the product": (
             "product.store(tile, m0, n0);\n  __syncthreads();", "product.store(tile, m0, n0);",
         ),
-        "the last row is left out": ("if (row + r >= rows) continue;", "if (row + r + 1 >= rows) continue;"),
-        "the parts of a product go to one place": ("(blockIdx.y * rows + row + r)", "(row + r)"),
+    },
+    (MATMUL_BF16, "matmul_bf16.cu", "matmul_epilogue.h", "void finish_tile("): {
+        "the last row is left out": ("place.row + r >= rows", "place.row + r + 1 >= rows"),
+        "the parts of a product go to one place": ("(blockIdx.y * rows + place.row + r)", "(place.row + r)"),
     },
     (MATMUL_BF16, "matmul_bf16.cu", "matmul_kernels.h", "void load(uint32_t (&registers)[4]"): {
         "halves of a fragment are swapped": ("16 * k + 8 * depth_half + r, first / 8 + count_half",
@@ -95,6 +102,39 @@ MISTAKES = {
     },
     (PRODUCT_F32, "matmul_f32.cu", "activations.h", "Activated gelu("): {
         "the slope of GELU misses a term": ("cdf + x * density", "cdf"),
+    },
+    (HOPPER_MATMUL_BF16, "matmul_hopper_bf16.cu", "matmul_hopper.h", "matmul_hopper_kernel("): {
+        "the barriers' initialisation is not fenced": ("    ptx::fence_proxy_async();\n", ""),
+        "no barrier after the initialisation": ("  __syncthreads();\n", ""),
+        "a stage is filled before it is empty": ("ptx::mbarrier_wait(empty + stage, (round + 1) % 2);", ""),
+        "wrong parity of an empty stage": ("(round + 1) % 2", "round % 2"),
+        "too few bytes are expected": ("(full + stage, Tile::kStageBytes)", "(full + stage, Tile::kABytes)"),
+        "where the part of the depth begins is forgotten": ("static_cast<int>(begin) + step * kTileDepth",
+                                                            "step * kTileDepth"),
+        "a stage is multiplied before it is full": ("ptx::mbarrier_wait(full + stage, step / kStages % 2);", ""),
+        "wrong parity of a full stage": ("step / kStages % 2", "(step / kStages + 1) % 2"),
+        "the registers are not fenced": ("    ptx::wgmma_fence(d);\n", ""),
+        "a wrong step along the depth": ("offset + k * ptx::kNextDepth<kBDepth>",
+                                         "offset + k * ptx::kNextDepth<!kBDepth>"),
+        "every step multiplies the first stage": ("a0 + offset", "a0"),
+        "the step before is not waited for": ("ptx::wgmma_wait<1>();", "ptx::wgmma_wait<2>();"),
+        "a stage is given back a step too early": ("(step - 1) % kStages", "step % kStages"),
+        "the last step is not waited for": ("ptx::wgmma_wait<0>(d);", "ptx::wgmma_wait<1>(d);"),
+        "no barrier between the last step and the product": (
+            "ptx::barrier_sync(1, 2 * kWarpgroup);  // nobody reads operands any more", "",
+        ),
+        "no barrier between writing and reading the product": (
+            "  ptx::barrier_sync(1, 2 * kWarpgroup);\n  finish_tile", "  finish_tile",
+        ),
+        "both consumers multiply the same rows": ("shared + consumer * kSquare", "shared"),
+        "tiles side by side are one": ("kBDepth ? 0 : kSquare", "0"),
+    },
+    (HOPPER_MATMUL_BF16, "matmul_hopper_bf16.cu", "matmul_hopper.h", "void fetch("): {
+        "tiles side by side are the same": ("first + i * 64", "first"),
+    },
+    (HOPPER_MATMUL_BF16, "matmul.cu", "matmul.cu", "bool tma_takes("): {
+        "TMA is given rows that are not aligned": ("operand.aligned && ", ""),
+        "TMA is given a row that repeats": ("operand.stride >= (depth_adjacent ? depth : operand.count) && ", ""),
     },
     (ATTENTION_BF16, "attention_bf16.cu", "attention_forward.h", "forward_kernel("): {
         "a tile is not waited for": ("cp_async_wait<0>();\n      __sync", "cp_async_wait<1>();\n      __sync"),

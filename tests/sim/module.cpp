@@ -20,6 +20,7 @@ PYBIND11_MODULE(fastformer_sim, m) {
       .def_readwrite("blocks", &sim::Options::blocks)
       .def_readwrite("seed", &sim::Options::seed)
       .def_readwrite("lazy_copies", &sim::Options::lazy_copies)
+      .def_readwrite("hopper", &sim::Options::hopper)
       .def_readwrite("count_conflicts", &sim::Options::count_conflicts);
   m.def("options", &sim::options, py::return_value_policy::reference);
   m.def("set_options", [](const sim::Options& options) { sim::options() = options; });
@@ -31,6 +32,7 @@ PYBIND11_MODULE(fastformer_sim, m) {
       .def_readonly("shared_bytes", &sim::Launch::shared_bytes)
       .def_readonly("mma", &sim::Launch::mma)
       .def_readonly("ldmatrix", &sim::Launch::ldmatrix)
+      .def_readonly("wgmma", &sim::Launch::wgmma)
       .def_readonly("copied_bytes", &sim::Launch::copied_bytes)
       .def_readonly("shared_wavefronts", &sim::Launch::shared_wavefronts)
       .def_readonly("bank_conflicts", &sim::Launch::bank_conflicts);
@@ -39,4 +41,5 @@ PYBIND11_MODULE(fastformer_sim, m) {
 
   kernels::bind_instructions(m);
   kernels::bind_faults(m);
+  kernels::bind_hopper(m);
 }

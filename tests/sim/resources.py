@@ -55,14 +55,21 @@ LAUNCHES = {
     r"attention::(combine|delta)_kernel": (128, 0),
     r"matmul_kernel<.*Tile<128, 128": (256, 69632),
     r"matmul_kernel<.*Tile<64, 64": (128, 32768),
+    r"matmul_hopper_kernel<.*HopperTile<128>": (384, 131136),
+    r"matmul_hopper_kernel<.*HopperTile<256>": (384, 196672),
     r"finish_kernel": (128, 0),
     r"column_sums_kernel": (256, 0),
     r"sum_groups_kernel": (512, 0),
     r"weights_kernel": (256, 0),
     r"(forward|backward)_kernel<[^,]*, [^,]*, (true|false)(, true)?>": (128, 0),  # layer_norm, rows of up to 1024
 }
-COUNTED = ("HMMA", "LDSM", "LDGSTS", "FFMA", "LDG", "STG", "LDL", "STL")  # instructions, by the part before a dot
-MUST_STAY = ("HMMA", "LDSM", "LDGSTS")  # tensor cores, ldmatrix, cp.async: a kernel that has them keeps them
+# Instructions, by the part before a dot.
+COUNTED = ("HMMA", "HGMMA", "LDSM", "LDGSTS", "UTMALDG", "FFMA", "LDG", "STG", "LDL", "STL")
+# Tensor cores, ldmatrix, cp.async, TMA: a kernel that has them keeps them.
+MUST_STAY = ("HMMA", "HGMMA", "LDSM", "LDGSTS", "UTMALDG")
+WAITS = (
+    "WARPGROUP"  # of wgmma: the compiler adds some, and says so in passing, where products would be in each other's way
+)
 
 # Of each architecture: (shared memory of a multiprocessor, of a block at most) in KiB, threads of a multiprocessor.
 LIMITS = {
@@ -70,6 +77,7 @@ LIMITS = {
     "sm_86": (100, 99, 1536),
     "sm_89": (100, 99, 1536),
     "sm_90": (228, 227, 2048),
+    "sm_90a": (228, 227, 2048),
     "sm_100": (228, 227, 2048),
     "sm_120": (100, 99, 1536),
 }
@@ -119,6 +127,10 @@ def cuobjdump() -> Path:
     return folder / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
+def capability(arch: str) -> int:
+    return int(arch.removeprefix("sm_").removesuffix("a"))
+
+
 def launch_of(kernel: str) -> tuple[int, int]:
     return next((size for pattern, size in LAUNCHES.items() if re.match(pattern, kernel)), (0, 0))
 
@@ -154,7 +166,7 @@ def occupancy() -> Callable[[str, Facts, int], int]:
         blocks_of = ctypes.CDLL(str(library)).blocks_of
 
     def blocks(arch: str, facts: Facts, dynamic: int) -> int:
-        number = int(arch.removeprefix("sm_"))
+        number = capability(arch)
         result = blocks_of(
             number // 10, number % 10, *LIMITS[arch], facts.registers, facts.shared - dynamic, dynamic, facts.threads
         )
@@ -175,13 +187,13 @@ def report() -> dict[tuple[str, str], Facts]:
     blocks = occupancy()
     facts = {(names[name], arch): one for (name, arch), one in found.items()}
     for (kernel, arch), one in facts.items():
-        one.shared -= RESERVED if one.shared and int(arch.removeprefix("sm_")) >= 90 else 0
+        one.shared -= RESERVED if one.shared and capability(arch) >= 90 else 0
         one.threads, dynamic = launch_of(kernel)
         if one.threads:
             one.shared += dynamic
             one.warps = blocks(arch, one, dynamic) * one.threads // 32
             one.most_warps = LIMITS[arch][2] // 32
-    return dict(sorted(facts.items(), key=lambda item: (item[0][0], int(item[0][1][3:]))))
+    return dict(sorted(facts.items(), key=lambda item: (item[0][0], capability(item[0][1]))))
 
 
 def short(demangled: str) -> str:
@@ -193,6 +205,8 @@ def short(demangled: str) -> str:
 def budget_of(facts: Facts) -> dict[str, int | list[str]]:
     """A tenth more registers than now, in the steps in which they are given out."""
     budget = {"registers": min(-(-facts.registers * 11 // 80) * 8, 255), "shared": facts.shared, "warps": facts.warps}
+    if facts.instructions["HGMMA"]:
+        budget["waits"] = facts.instructions[WAITS]
     return budget | {"instructions": [name for name in MUST_STAY if facts.instructions[name]]}
 
 
@@ -205,6 +219,8 @@ def faults(facts: Facts, budget: dict | None) -> list[str]:
     for name in ("registers", "shared"):
         if getattr(facts, name) > budget[name]:
             found.append(f"{name}: {getattr(facts, name)}, at most {budget[name]} allowed")
+    if facts.instructions[WAITS] > budget.get("waits", 0):
+        found.append(f"{facts.instructions[WAITS]} waits of wgmma, at most {budget.get('waits', 0)} allowed")
     if facts.warps < budget["warps"]:
         found.append(f"warps: {facts.warps}, at least {budget['warps']} wanted")
     return found + [f"no {name} any more" for name in budget["instructions"] if not facts.instructions[name]]
@@ -219,8 +235,8 @@ def write_page(facts: dict[tuple[str, str], Facts]) -> None:
         "page and fails where a kernel is over its budget (tests/sim/budgets.json). Registers and stack (bytes) are a "
         "thread's, shared memory (bytes) and threads a block's; warps are those that a multiprocessor holds at once, "
         "of the most that it can, by NVIDIA's cuda_occupancy.h. The other columns count instructions in the machine "
-        "code, not how often they run: HMMA is mma, LDSM ldmatrix, LDGSTS cp.async; LDL and STL are spills. None of "
-        "this is a speed.",
+        "code, not how often they run: HMMA is mma, HGMMA wgmma, LDSM ldmatrix, LDGSTS cp.async, UTMALDG TMA; LDL and "
+        "STL are spills. None of this is a speed.",
         "",
         f"| {' | '.join(header)} |",
         f"|{' --- |' * len(header)}",

@@ -58,6 +58,12 @@ def test_names():
     assert short(product) == "matmul_kernel<f16, Tile<128, 128, 2, 4>, true, false>"
     assert launch_of(short(product)) == (256, 69632)
     assert launch_of("unknown_kernel") == (0, 0)
+    hopper = "void fastformer::(anonymous namespace)::matmul_hopper_kernel<__half, "
+    hopper += (
+        "fastformer::(anonymous namespace)::HopperTile<256>, true, false>(fastformer::MatmulArgs, CUtensorMap_st, "
+    )
+    assert short(hopper + "CUtensorMap_st)") == "matmul_hopper_kernel<f16, HopperTile<256>, true, false>"
+    assert launch_of(short(hopper + "CUtensorMap_st)")) == (384, 196672)
 
 
 BUDGET = {"registers": 128, "shared": 1024, "warps": 16, "instructions": ["HMMA"]}
@@ -72,6 +78,7 @@ BUDGET = {"registers": 128, "shared": 1024, "warps": 16, "instructions": ["HMMA"
         ({"warps": 12}, "warps: 12, at least 16 wanted"),
         ({"stack": 8}, "8 bytes of stack"),
         ({"instructions": Counter(HMMA=1, LDL=2, STL=1)}, "3 loads and stores of local memory"),
+        ({"instructions": Counter(HMMA=1, WARPGROUP=2)}, "2 waits of wgmma, at most 0 allowed"),
         ({"instructions": Counter(FFMA=1)}, "no HMMA any more"),
     ],
 )

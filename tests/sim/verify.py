@@ -17,7 +17,10 @@ import build_sim
 OPS = ("scaled_dot_product_attention", "varlen_attn", "layer_norm", "add_layer_norm", "linear", "feed_forward")
 OP_TESTS = [f"tests/ops/test_{op}.py" for op in OPS] + ["tests/ops/test_attention_masks.py"]
 SIM_TESTS = ["tests/sim", "--ignore=tests/sim/ptx"]
-KERNEL_TESTS = [f"tests/sim/test_cuda_{kernels}.py" for kernels in ("attention", "matmul", "layer_norm")]
+KERNEL_TESTS = [
+    f"tests/sim/test_cuda_{kernels}.py" for kernels in ("attention", "matmul", "matmul_hopper", "layer_norm")
+]
+HOPPER_TESTS = ["tests/ops/test_linear.py", "tests/ops/test_feed_forward.py"]
 SUBSET = "sizes or narrow or accuracy or layouts or residual_of_another_dtype or sequence_for_itself or grouped_query"
 FEW = "(many_tiles or orders_give or split_depth or SplitKeys or masked_whole or many_rows) and not dtype2"
 
@@ -27,6 +30,7 @@ QUICK_RUNS = [
     *((variant, "forward", [*KERNEL_TESTS, "-k", FEW]) for variant in ("asan", "tsan")),
     ("plain", "forward", OP_TESTS),
     ("plain", "random=1,lazy", OP_TESTS),
+    ("plain", "random=1,lazy,hopper", HOPPER_TESTS),
 ]
 RUNS = [
     ("tsan", "forward", OP_TESTS),
@@ -35,6 +39,8 @@ RUNS = [
     ("plain", "reverse,lazy", OP_TESTS),
     ("plain", "random=1,lazy", OP_TESTS),
     ("asan", "random=2,lazy", OP_TESTS),
+    *(("plain", f"{options},hopper", HOPPER_TESTS) for options in ("forward", "reverse,lazy", "random=1,lazy")),
+    *((variant, "random=2,lazy,hopper", [*HOPPER_TESTS, "-k", SUBSET]) for variant in ("asan", "tsan")),
     *((variant, "forward", KERNEL_TESTS) for variant in ("asan", "tsan")),
     *(("asan", options, [*OP_TESTS, "-k", SUBSET]) for options in ("forward", "reverse,lazy")),
     *(("tsan", options, [*OP_TESTS, "-k", SUBSET]) for options in ("reverse,lazy", "random=2,lazy")),

@@ -142,11 +142,20 @@ inline Thread& me() { return static_cast<Thread&>(*self); }
 // Waits for the lanes of the mask, as collective does; `exchange` null: orders memory. Returns which of warp.order did.
 int meet(const char* name, unsigned mask, void* payload, Exchange exchange, Where where);
 
+// Until someone sets the calling thread ready.
+void wait(Waiting waits);
+
 // memory.cpp
 void poison_arena();
 void* allocate(const void* tag, size_t bytes, size_t alignment, const char* name);
 std::string too_much_shared(size_t bytes);
 void count_wavefronts(const uintptr_t* address, unsigned lanes, size_t bytes);
 void count_noted_accesses();  // of load_shared and store_shared in this block
+
+// hopper.cpp
+void begin_block_of_hopper();
+void end_block_of_hopper();  // nothing may be under way
+bool finish_load();          // one of those under way; false: there is none
+void check_under_way(const void* pointer, size_t bytes, bool writes, const char* what, Where where);
 
 }  // namespace sim

@@ -97,14 +97,15 @@ unsigned char* dynamic_shared() {
   return e.arrays[0].begin;
 }
 
-void check_shared(const void* pointer, size_t bytes, size_t alignment, const char* what, Where where) {
+void check_shared(const void* pointer, size_t bytes, size_t alignment, const char* what, Where where, bool writes) {
   const Unwatched unwatched;
   const auto* p = static_cast<const unsigned char*>(pointer);
   if (reinterpret_cast<uintptr_t>(p) % alignment)
     fault(std::string(what) + ": not aligned to " + std::to_string(alignment) + " bytes", where);
   const auto& arrays = engine().arrays;
   for (const SharedArray& array : arrays)
-    if (p >= array.begin && p + bytes <= array.begin + array.bytes) return;
+    if (p >= array.begin && p + bytes <= array.begin + array.bytes)
+      return check_under_way(p, bytes, writes, what, where);
   std::string nearest = "not in shared memory";
   for (const SharedArray& array : arrays)
     if (p + bytes + kGap > array.begin && p < array.begin + array.bytes + kGap)

@@ -56,11 +56,13 @@ std::string text(Index3 i) {
 Thread* pick() {
   Engine& e = engine();
   int next = -1;
-  switch (options().threads) {
-    case Order::forward: next = e.ready.first(); break;
-    case Order::reverse: next = e.ready.last(); break;
-    case Order::random: next = e.ready.first_from(static_cast<int>(e.random() % e.threads.size())); break;
-  }
+  do {
+    switch (options().threads) {
+      case Order::forward: next = e.ready.first(); break;
+      case Order::reverse: next = e.ready.last(); break;
+      case Order::random: next = e.ready.first_from(static_cast<int>(e.random() % e.threads.size())); break;
+    }
+  } while (next < 0 && finish_load());
   return next < 0 ? nullptr : &e.threads[static_cast<size_t>(next)];
 }
 
@@ -97,19 +99,6 @@ std::string who_waits() {
   fault("deadlock: no thread can go on" + who_waits(), me().waits.where);
 }
 
-// The calling thread stops until someone sets it ready.
-void wait(Waiting waits) {
-  Engine& e = engine();
-  Thread& thread = me();
-  thread.waits = waits;
-  e.ready.remove(thread.index);
-  Thread* next = pick();
-  if (!next) deadlock();
-  go_to(thread, *next);
-  thread.waits = {};
-  e.idle_yields = 0;
-}
-
 void complete(Warp& warp, int first_thread, size_t index) {
   const Meeting meeting = warp.meetings[index];
   warp.meetings.erase(warp.meetings.begin() + static_cast<std::ptrdiff_t>(index));
@@ -139,7 +128,10 @@ void finish(Thread& thread) {
       break;
     }
   }
-  if (e.living == 0) return go_to_host(thread);
+  if (e.living == 0) {
+    end_block_of_hopper();
+    return go_to_host(thread);
+  }
   Thread* next = pick();
   if (!next) deadlock();
   go_to(thread, *next);
@@ -194,6 +186,7 @@ void start_block(Index3 block, Index3 grid, Index3 dim, int64_t number, size_t d
   }
   e.arena = e.arenas + static_cast<size_t>(number % kArenas) * (kMaxShared + 64 * kGap);
   poison_arena();
+  begin_block_of_hopper();
   if (dynamic_shared) allocate(nullptr, dynamic_shared, 1024, "(dynamic)");
 }
 
@@ -211,8 +204,9 @@ Options options_of_environment() {
     else if (name == "eager") o.lazy_copies = false;
     else if (name == "lazy") o.lazy_copies = true;
     else if (name == "conflicts") o.count_conflicts = true;
+    else if (name == "hopper") o.hopper = true;
     else throw std::runtime_error("FASTFORMER_SIM: got '" + word +
-                                  "', expected some of forward, reverse, random=SEED, eager, lazy, conflicts");
+                                  "', expected some of forward, reverse, random=SEED, eager, lazy, conflicts, hopper");
   }
   return o;
 }
@@ -220,6 +214,18 @@ Options options_of_environment() {
 }  // namespace
 
 Self* self = nullptr;
+
+void wait(Waiting waits) {
+  Engine& e = engine();
+  Thread& thread = me();
+  thread.waits = waits;
+  e.ready.remove(thread.index);
+  Thread* next = pick();
+  if (!next) deadlock();
+  go_to(thread, *next);
+  thread.waits = {};
+  e.idle_yields = 0;
+}
 
 Options& options() {
   static Options o = options_of_environment();

@@ -33,7 +33,8 @@ struct Options {
   Order threads = Order::forward;
   Order blocks = Order::forward;
   uint64_t seed = 0;
-  bool lazy_copies = false;      // cp.async: the destination is NaN until it is waited for
+  bool lazy_copies = false;      // cp.async, TMA, wgmma: the destination is NaN until it is waited for
+  bool hopper = false;           // the device's compute capability is 9.0, else 8.0
   bool count_conflicts = false;  // of load_shared and store_shared; those of ldmatrix are always counted
 };
 Options& options();  // at first from FASTFORMER_SIM, e.g. "reverse,lazy" or "random=7,lazy"
@@ -45,7 +46,8 @@ struct Launch {
   int64_t shared_bytes = 0;        // of a block, static and dynamic
   int64_t mma = 0;                 // warp instructions
   int64_t ldmatrix = 0;            // warp instructions
-  int64_t copied_bytes = 0;        // by cp.async, without the zeros that it fills in
+  int64_t wgmma = 0;               // warpgroup instructions
+  int64_t copied_bytes = 0;        // by cp.async and TMA, without the zeros that they fill in
   int64_t shared_wavefronts = 0;   // of ldmatrix and, where asked for, load_shared and store_shared
   int64_t bank_conflicts = 0;      // wavefronts beyond the least
 };
@@ -80,7 +82,8 @@ void yield();  // of a thread that spins
 // Shared memory: poisoned with NaN when a block starts.
 void* shared_array(const void* tag, size_t bytes, size_t alignment, const char* name);
 unsigned char* dynamic_shared();
-void check_shared(const void* pointer, size_t bytes, size_t alignment, const char* what, Where where);
+void check_shared(const void* pointer, size_t bytes, size_t alignment, const char* what, Where where,
+                  bool writes = false);
 void note_shared_access(const void* pointer, size_t bytes, Where where);
 
 // The rows of ldmatrix: the addresses that lanes 0 to 8 * count - 1 gave, for every lane.
