@@ -9,7 +9,7 @@ PEERS := .venv-peers
 # --no-compile: Python compiles the few modules that are used when it first imports them.
 PIP_INSTALL := -m pip install -qq --no-compile --disable-pip-version-check
 
-.PHONY: help setup build build-cuda verify-gpu-kernels ptx compare test test-cpu test-triton test-full kernel-report mutations mutations-cuda lint format bench peers gpu torch214 wheel clean
+.PHONY: help setup build build-cuda verify-gpu-kernels ptx compare test test-cpu test-triton test-full kernel-report mutations mutations-cuda lint format bench training peers gpu torch214 wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make mutations  plants mistakes in the Triton kernels, which the tests must find; make mutations-cuda in CUDA's"
 	@echo "make lint       ruff check and format check; make format mends what it can"
 	@echo "make bench      the microbenchmarks of each op against eager"
+	@echo "make training   training steps of BERT and GPT-2, attention and loss against eager: time and peak memory"
 	@echo "make peers      encoders and GPT-2 on CPUs against ONNX Runtime, OpenVINO, CTranslate2 and torch.compile (bench/results)"
 	@echo "make gpu        on an NVIDIA or AMD GPU: what it can do, are the kernels right, how fast are they (gpu.json, gpu.png)"
 	@echo "make verify-gpu-kernels   the CUDA kernels on a simulator, under checks and sanitizers"
@@ -93,6 +94,9 @@ format: $(READY)
 
 bench: build
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+
+training: build
+	PYTHONPATH=. $(BIN)/python bench/training.py $(ARGS)
 
 # The peers' packages lie apart, so that those of .venv stay as they are.
 $(PEERS)/.ready: bench/peers/requirements.txt constraints.txt $(READY)
