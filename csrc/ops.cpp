@@ -34,6 +34,19 @@ STABLE_TORCH_LIBRARY(fastformer_cpu, m) {
       "Tensor rstd, float dropout_p, Tensor? seed, ScalarType input_dtype) -> "
       "(Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)");
 
+  // ids int64 of one shape, any strides; a table that is None has none; padding_idx -1: none. The gradients of the tables
+  // have their dtype, and are empty where they were not asked for.
+  m.def(
+      "embeddings(Tensor input_ids, Tensor word_embeddings, Tensor? position_ids, Tensor? position_embeddings, "
+      "Tensor? token_type_ids, Tensor? token_type_embeddings, Tensor? weight, Tensor? bias, float eps, "
+      "int padding_idx, float dropout_p, Tensor? seed) -> (Tensor output, Tensor mean, Tensor rstd)");
+  m.def(
+      "embeddings_backward(Tensor grad_output, Tensor input_ids, Tensor word_embeddings, Tensor? position_ids, "
+      "Tensor? position_embeddings, Tensor? token_type_ids, Tensor? token_type_embeddings, Tensor? weight, "
+      "Tensor mean, Tensor rstd, int padding_idx, float dropout_p, Tensor? seed, bool need_word, bool need_position, "
+      "bool need_token_type) -> (Tensor grad_word, Tensor grad_position, Tensor grad_token_type, Tensor grad_weight, "
+      "Tensor grad_bias)");
+
   // pre_activation is empty where it was not asked for or there is no activation.
   m.def(
       "linear(Tensor input, Tensor weight, Tensor? bias, str? activation, float dropout_p, Tensor? seed, "

@@ -219,11 +219,13 @@ def _candidates(model: nn.Module) -> list[_Candidate]:
 
 
 def _norms_inside(candidate: _Candidate) -> Iterator[nn.Module]:
-    """The layer-norms that its fused forward takes along."""
+    """The layer-norms that its fused forward takes along, and that are not swapped themselves."""
     for path, classes in candidate.cls.inner.items() if candidate.cls else ():
         if classes is fused.NORMS:
             with contextlib.suppress(AttributeError):
-                yield candidate.module.get_submodule(path)
+                norm = candidate.module.get_submodule(path)
+                if not isinstance(norm, Fused):
+                    yield norm
 
 
 def _candidate(name: str, module: nn.Module) -> _Candidate | None:

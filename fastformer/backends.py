@@ -25,6 +25,7 @@ OPS = (
     "varlen_attn",
     "layer_norm",
     "add_layer_norm",
+    "embeddings",
     "linear",
     "feed_forward",
     "linear_cross_entropy",
@@ -102,6 +103,7 @@ _CPU_NOTES = {
     "varlen_attn": "any head size, window, grouped-query, dropout",
     "layer_norm": "any width",
     "add_layer_norm": "any width, 16-bit input with a float32 residual, dropout",
+    "embeddings": "words, positions, token types, any width, dense gradients, dropout",
     "linear": "gelu, gelu_tanh, relu, silu, dropout, residual",
     "feed_forward": "gelu, gelu_tanh, relu, silu, dropout, residual",
     "linear_cross_entropy": "class indices, class weights, label smoothing",
@@ -143,6 +145,7 @@ _CUDA_SIZES = {
 }
 
 _TORCH_NOTES = dict.fromkeys(("crf_log_likelihood", "crf_decode"), "plain PyTorch, step by step; the only one on GPUs")
+_TORCH_NOTES["embeddings"] = "plain PyTorch; the only one on GPUs"
 
 _IMPLEMENTATIONS = [
     *(Implementation(op, "cpu", "cpu", (*_FLOATS, torch.float64), _CPU_NOTES[op]) for op in OPS),

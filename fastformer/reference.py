@@ -242,6 +242,28 @@ def add_layer_norm(
     return layer_norm(s, normalized_shape, weight, bias, eps), s
 
 
+def embeddings(
+    input_ids: Tensor,
+    word_embeddings: Tensor,
+    position_ids: Tensor | None = None,
+    position_embeddings: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    token_type_embeddings: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    padding_idx: int | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """dropout(layer_norm(word + token type + position)); see :func:`fastformer.ops.embeddings`."""
+    s = _widen(F.embedding(input_ids, word_embeddings, padding_idx))
+    for ids, table in ((token_type_ids, token_type_embeddings), (position_ids, position_embeddings)):
+        if table is not None:
+            s = s + _widen(F.embedding(ids, table))
+    return _dropout(layer_norm(s, s.shape[-1], weight, bias, eps), dropout_p).to(word_embeddings.dtype)
+
+
 def linear(
     input: Tensor,
     weight: Tensor,

@@ -25,7 +25,7 @@ class Case:
     @property
     def one_size(self) -> bool:
         """Does an option hold the tensors to the sizes that are given here?"""
-        return not {"attn_mask", "cu_seq_q", "target", "tags"}.isdisjoint(self.options())
+        return not {"attn_mask", "cu_seq_q", "target", "tags", "input_ids"}.isdisjoint(self.options())
 
     @property
     def gradients_with_the_output(self) -> bool:
@@ -59,12 +59,31 @@ _PACKED = {"query": (14, 4, 8), "key": (16, 2, 8), "value": (16, 2, 10)}
 _CROSS_ENTROPY = {"input": (6, 5, 20), "linear_weight": (36, 20), "linear_bias": (36,)}
 
 
+_EMBEDDINGS = {
+    "word_embeddings": (36, 20),
+    "position_embeddings": (9, 20),
+    "token_type_embeddings": (2, 20),
+    "weight": (20,),
+    "bias": (20,),
+}
+
+
 _CRF = {"emissions": (4, 6, 5), "transitions": (5, 5), "start": (5,), "end": (5,)}
 
 
 def labels() -> Tensor:
     """(6, 5) classes, every third -100."""
     return torch.arange(30).where(torch.arange(30) % 3 > 0, -100).view(6, 5)
+
+
+def words() -> Tensor:
+    """(6, 5) of 36 words, some of them often."""
+    return torch.arange(30).view(6, 5) ** 2 % 36
+
+
+def token_types() -> Tensor:
+    """(6, 5) of 2"""
+    return torch.arange(30).view(6, 5) % 5 // 3
 
 
 def tags() -> Tensor:
@@ -97,6 +116,13 @@ _ALL = {
     "feed_forward": _case("feed_forward", _FEED_FORWARD),
     "feed_forward, dropout": _case("feed_forward", _FEED_FORWARD, hidden_dropout_p=0.2, dropout_p=0.3),
     "feed_forward, no activation": _case("feed_forward", _FEED_FORWARD, activation=None),
+    "embeddings": _case(
+        "embeddings", _EMBEDDINGS, input_ids=words, position_ids=lambda: torch.arange(3, 8), token_type_ids=token_types,
+        eps=1e-12,
+    ),
+    "embeddings, words alone, dropout": _case(
+        "embeddings", {"word_embeddings": (36, 20)}, input_ids=words, padding_idx=0, eps=0.3, dropout_p=0.3
+    ),
     "linear_cross_entropy": _case("linear_cross_entropy", _CROSS_ENTROPY, target=labels),
     "linear_cross_entropy, each row": _case(
         "linear_cross_entropy", _CROSS_ENTROPY, target=labels, weight=lambda: torch.linspace(0.5, 2, 36),

@@ -126,6 +126,28 @@ def add_layer_norm(
     return layer_norm(s, weight, bias, eps=eps), s
 
 
+def embeddings(
+    word_embeddings: Tensor,
+    position_embeddings: Tensor | None = None,
+    token_type_embeddings: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    input_ids: Tensor,
+    position_ids: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    eps: float = 1e-5,
+    padding_idx: int | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    s = F.embedding(input_ids, word_embeddings, padding_idx)
+    if token_type_embeddings is not None:
+        s = s + F.embedding(token_type_ids, token_type_embeddings)
+    if position_embeddings is not None:
+        s = s + F.embedding(position_ids, position_embeddings)
+    return dropout(layer_norm(s, weight, bias, eps=eps), dropout_p)
+
+
 def visible(queries: int, keys: int, is_causal: bool = False, window_size: tuple[int, int] = (-1, -1)) -> Tensor:
     """(Sq, Sk) bool, one by one: causal from the top left, the window along the diagonal from the bottom right."""
     left, right = window_size

@@ -177,6 +177,15 @@ class TestRows:
         fused = partial(reference.add_layer_norm, normalized_shape=8, dropout_p=p)
         assert_op_close(fused, partial(eager.add_layer_norm, dropout_p=p), given)
 
+    @pytest.mark.parametrize("p", [0.0, 0.4])
+    def test_embeddings(self, dtype, p):
+        tables = {"word_embeddings": (9, 8), "position_embeddings": (5, 8), "token_type_embeddings": (2, 8)}
+        given = tensors(dtype, **tables, weight=(8,), bias=(8,))
+        ids = {"input_ids": torch.arange(12).view(3, 4) % 9, "position_ids": torch.arange(4)}
+        ids["token_type_ids"] = torch.tensor([[0], [1], [1]])
+        functions = (reference.embeddings, eager.embeddings)
+        assert_op_close(*(partial(f, **ids, padding_idx=2, eps=0.1, dropout_p=p) for f in functions), given)
+
 
 class TestAttention:
     @pytest.mark.parametrize("window_size", [(-1, -1), (0, 0), (2, -1), (-1, 0), (1, 3)])

@@ -3,6 +3,8 @@
 
 #include "../common.h"
 
+#include <sys/mman.h>
+
 #include <atomic>
 #include <cstdlib>
 
@@ -33,6 +35,15 @@ inline Tensor empty(const std::vector<int64_t>& shape, ScalarType type) {
 inline Tensor zeros(const std::vector<int64_t>& shape, ScalarType type) {
   Tensor tensor = empty(shape, type);
   return torch::stable::zero_(tensor);
+}
+// For large memory that nobody has written to yet: the first write to each page takes as long as the writing. The system
+// gives huge pages if it can and wants to.
+inline void advise_huge_pages(const Tensor& memory) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kPage = 4096;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(memory.mutable_data_ptr()), offset = address % kPage;
+  madvise(reinterpret_cast<void*>(address - offset), offset + memory.numel() * memory.element_size(), MADV_HUGEPAGE);
+#endif
 }
 // A small vector (weight, bias) as the kernels want it: contiguous, compute type.
 inline std::optional<Tensor> to_compute(const std::optional<Tensor>& vector, DType dtype) {

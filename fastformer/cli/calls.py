@@ -129,12 +129,30 @@ def eager_layer_norm(input: Tensor, normalized_shape: int, weight=None, bias=Non
 def eager_add_layer_norm(
     input: Tensor, residual: Tensor, normalized_shape: int, weight=None, bias=None, eps: float = 1e-5, *, dropout_p=0.0
 ) -> tuple[Tensor, Tensor]:
-    if dropout_p > 0:
-        rows = input.shape[:-1].numel()
-        kept = reference.row_dropout_mask(reference.draw_seed(input.device), dropout_p, rows, input.shape[-1])
-        input = input * (kept.view(input.shape).to(input.dtype) / (1 - dropout_p))
-    s = input + residual
+    s = (input if dropout_p == 0 else _drop_rows(input, dropout_p)) + residual
     return eager_layer_norm(s, normalized_shape, weight, bias, eps), s
+
+
+def eager_embeddings(
+    input_ids: Tensor,
+    word_embeddings: Tensor,
+    position_ids: Tensor,
+    position_embeddings: Tensor,
+    token_type_ids: Tensor,
+    token_type_embeddings: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    s = F.embedding(input_ids, word_embeddings) + F.embedding(token_type_ids, token_type_embeddings)
+    s = eager_layer_norm(s + F.embedding(position_ids, position_embeddings), s.shape[-1], weight, bias)
+    return s if dropout_p == 0 else _drop_rows(s, dropout_p)
+
+
+def _drop_rows(x: Tensor, p: float) -> Tensor:
+    kept = reference.row_dropout_mask(reference.draw_seed(x.device), p, x.shape[:-1].numel(), x.shape[-1])
+    return x * (kept.view(x.shape).to(x.dtype) / (1 - p))
 
 
 def eager_linear_cross_entropy(
@@ -149,6 +167,7 @@ EAGER: dict[str, Function] = {
     "varlen_attn": eager_varlen_attn,
     "layer_norm": eager_layer_norm,
     "add_layer_norm": eager_add_layer_norm,
+    "embeddings": eager_embeddings,
     "linear": reference.linear,  # which composes it in the tensors' dtype
     "feed_forward": reference.feed_forward,
     "linear_cross_entropy": eager_linear_cross_entropy,
@@ -176,6 +195,10 @@ def _options(batch: int, heads: int, head_dim: int, queries: int, keys: int, wid
     yield Call("add_layer_norm", size, sum_norm, {"normalized_shape": width})
     dropout = {"normalized_shape": width, "dropout_p": 0.3}
     yield Call("add_layer_norm", f"{size}, dropout, float32 residual", sum_norm, dropout, wide=("residual",))
+
+    tables, ids = embedding_tables(hidden, queries, width), embedding_ids(batch, queries, hidden)
+    yield Call("embeddings", f"{size} of {hidden} words", tables, ids)
+    yield Call("embeddings", f"{size} of {hidden} words, dropout", tables, ids | {"dropout_p": 0.3})
 
     linear = {"input": rows, "weight": (hidden, width), "bias": (hidden,)}
     size = f"{size} to {hidden}"
@@ -241,6 +264,26 @@ def _options(batch: int, heads: int, head_dim: int, queries: int, keys: int, wid
     yield Call("crf_log_likelihood", size, emissions, tagged | {"reduction": "none"})
     yield Call("crf_log_likelihood", f"{size}, mask", emissions, tagged | holes)
     yield Call("crf_decode", f"{size}, mask", emissions, holes)
+
+
+def embedding_tables(words: int, positions: int, width: int) -> dict[str, tuple[int, ...]]:
+    tables = {"word_embeddings": words, "position_embeddings": positions, "token_type_embeddings": 2}
+    return {name: (rows, width) for name, rows in tables.items()} | {"weight": (width,), "bias": (width,)}
+
+
+def embedding_ids(batch: int, length: int, words: int) -> dict[str, Function]:
+    """Two sentences of random words in each row."""
+
+    def input_ids(device: torch.device) -> Tensor:
+        return torch.randint(words, (batch, length), generator=torch.Generator().manual_seed(1)).to(device)
+
+    def token_type_ids(device: torch.device) -> Tensor:
+        return (torch.arange(length, device=device) > length // 2).long()[None]
+
+    def position_ids(device: torch.device) -> Tensor:
+        return torch.arange(length, device=device)
+
+    return {"input_ids": input_ids, "position_ids": position_ids, "token_type_ids": token_type_ids}
 
 
 def padding_mask(batch: int, keys: int, device: torch.device) -> Tensor:

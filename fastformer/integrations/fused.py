@@ -26,6 +26,7 @@ LINEARS: set[type[nn.Module]] = {nn.Linear}
 TRANSPOSED: set[type[nn.Module]] = set()  # of the linears, those whose weight is (in_features, out_features)
 NORMS: set[type[nn.Module]] = {nn.LayerNorm}
 DROPOUTS: set[type[nn.Module]] = {nn.Dropout}
+EMBEDDINGS: set[type[nn.Module]] = {nn.Embedding}
 ACTIVATIONS: dict[type[nn.Module], Callable[[Any], str]] = {  # to what ops.linear calls it
     nn.GELU: lambda module: "gelu_tanh" if module.approximate == "tanh" else "gelu",
     nn.ReLU: lambda module: "relu",

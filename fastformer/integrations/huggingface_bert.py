@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.bert import modeling_bert as stock
 
-from fastformer.integrations import layers
+from fastformer.integrations import embeddings, layers
 from fastformer.integrations.fused import CHILDREN, SWAPS, UNSUPPORTED, Fused, Path, fuse
 from fastformer.integrations.huggingface import (
     WANTS_WEIGHTS,
@@ -45,6 +45,28 @@ class BertModel(Fused):
         mask = mask[:, None, None, :]
         mask.is_padding = True  # not so a user's own mask of this shape: the results at its places may matter
         return mask, None
+
+
+class BertEmbeddings(embeddings.BertEmbeddings):
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values_length: int = 0,
+    ) -> Tensor:
+        output = None
+        if input_ids is not None and inputs_embeds is None:
+            positions, token_types = position_ids, token_type_ids
+            if positions is None:
+                positions = self.position_ids[:, past_key_values_length : input_ids.shape[1] + past_key_values_length]
+            if token_types is None:
+                token_types = self.token_type_ids.expand(positions.shape[0], -1).gather(1, positions)
+            output = self.embed(input_ids, token_types, positions)
+        if output is None:
+            output = super().forward(input_ids, token_type_ids, position_ids, inputs_embeds, past_key_values_length)
+        return output
 
 
 class BertSelfAttention(layers.BertSelfAttention):
@@ -144,6 +166,7 @@ class BertLayer(layers.BertLayer):
 SWAPS.update(
     {
         stock.BertModel: fuse(stock.BertModel, BertModel),
+        stock.BertEmbeddings: fuse(stock.BertEmbeddings, BertEmbeddings),
         stock.BertEncoder: fuse(stock.BertEncoder, BertEncoder),
         stock.BertSelfAttention: fuse(stock.BertSelfAttention, BertSelfAttention),
         stock.BertSelfOutput: fuse(stock.BertSelfOutput, _Output),

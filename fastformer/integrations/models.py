@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
-from fastformer.integrations import layers, torch_nn
+from fastformer.integrations import embeddings, layers, torch_nn
 from fastformer.integrations.fused import CHILDREN, LINEARS, SWAPS, Fused, Path, fuse, weight_of
 from fastformer.integrations.padding import leaves_padding_out
 from fastformer.integrations.stacks import infers_eagerly, stack_of
@@ -14,6 +15,16 @@ from fastformer.models import bert, gpt, transformer
 from fastformer.models.generation import KeyValue, KeyValueCache, LayerCache
 from fastformer.models.layers import split_heads
 from fastformer.packing import is_hooked
+
+
+class BertEmbeddings(embeddings.BertEmbeddings):
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor | None) -> Tensor:
+        token_types = input_ids.new_zeros(1) if token_type_ids is None else token_type_ids
+        positions = position_ids
+        if positions is None:
+            positions = torch.arange(input_ids.size(1), device=input_ids.device)
+        output = self.embed(input_ids, token_types, positions)
+        return super().forward(input_ids, token_type_ids, position_ids) if output is None else output
 
 
 class BertSelfAttention(layers.BertSelfAttention):
@@ -224,6 +235,7 @@ class TransformerDecoderLayer(TransformerEncoderLayer):
 
 SWAPS.update(
     {
+        bert.BertEmbeddings: fuse(bert.BertEmbeddings, BertEmbeddings),
         bert.BertEncoder: fuse(bert.BertEncoder, BertEncoder),
         bert.BertSelfAttention: fuse(bert.BertSelfAttention, BertSelfAttention),
         bert.BertOutput: BertOutput,

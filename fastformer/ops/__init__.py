@@ -2,6 +2,7 @@
 
 from fastformer.ops.add_layer_norm import add_layer_norm
 from fastformer.ops.crf import crf_decode, crf_log_likelihood
+from fastformer.ops.embeddings import embeddings
 from fastformer.ops.feed_forward import feed_forward
 from fastformer.ops.layer_norm import layer_norm
 from fastformer.ops.linear import linear
@@ -13,6 +14,7 @@ __all__ = [
     "add_layer_norm",
     "crf_decode",
     "crf_log_likelihood",
+    "embeddings",
     "feed_forward",
     "layer_norm",
     "linear",

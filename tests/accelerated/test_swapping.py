@@ -384,12 +384,13 @@ def test_dtypes_and_devices_that_no_backend_takes():
 
 def test_report_groups_equal_layers():
     model = bert(num_hidden_layers=5)
-    assert str(fastformer.report(model)).endswith("0 of 25 modules fused")
+    assert str(fastformer.report(model)).endswith("0 of 26 modules fused")
     fastformer.accelerate(model)
     model.bert.encoder.layer[2].output.dense.register_forward_hook(lambda *_: None)
     assert str(fastformer.report(model)) == "\n".join(
         [
             "bert                                     BertModel                    fused",
+            "bert.embeddings                          BertEmbeddings               fused",
             "bert.embeddings.LayerNorm                LayerNorm                    fused",
             "bert.encoder                             BertEncoder                  fused",
             "bert.encoder.layer.0-1,3-4               BertLayer                    fused",
@@ -400,7 +401,7 @@ def test_report_groups_equal_layers():
             "bert.encoder.layer.2.output              BertOutput                   stock: dense has hooks",
             "cls.predictions.transform                BertPredictionHeadTransform  fused",
             "cls.predictions.decoder                  Linear                       fused",
-            "23 of 25 modules fused",
+            "24 of 26 modules fused",
         ]
     )
 

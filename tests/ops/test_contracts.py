@@ -238,6 +238,9 @@ class TestThreads:
                 assert_all_equal(result, wanted)
 
 
+WIDE = ("embeddings", "layer_norm", "add_layer_norm", "linear_cross_entropy", "crf_log_likelihood")
+
+
 class TestAutocast:
     """Products in the autocast dtype, residual and layer-norm as they come, a loss in float32."""
 
@@ -247,8 +250,7 @@ class TestAutocast:
         tensors = leaves(case)
         with torch.autocast("cpu", dtype):
             outputs = case(**tensors)
-        wide = ("layer_norm", "add_layer_norm", "linear_cross_entropy", "crf_log_likelihood")
-        products = case.op not in wide and "residual" not in tensors
+        products = case.op not in WIDE and "residual" not in tensors
         assert all(out.dtype == (dtype if products else torch.float32) for out in outputs)
         gradients = torch.autograd.grad(outputs, tensors.values(), [torch.ones_like(out) for out in outputs])
         assert all(g.dtype == torch.float32 for g in gradients)
@@ -256,7 +258,7 @@ class TestAutocast:
     @every_case
     def test_products_are_of_the_autocast_dtype(self, case):
         """Bit for bit what they are when the operands are converted by hand."""
-        if case.op in ("layer_norm", "add_layer_norm", "linear_cross_entropy", "crf_log_likelihood"):
+        if case.op in WIDE:
             pytest.skip("no product, or not the output")
         tensors = case.tensors()
         torch.manual_seed(5)

@@ -41,6 +41,32 @@ struct LayerNormBackwardArgs {
   void *grad_input, *grad_residual;  // contiguous; grad_residual is null for layer_norm
 };
 
+// embeddings: the sum of one row of each table, output = dropout(layer_norm(sum)).
+struct EmbeddingsArgs {
+  DType dtype;
+  int64_t columns;
+  double eps;
+  Dropout dropout;
+  int tables;  // 1 to 3
+  const void* table[3];
+  int64_t table_stride[3];
+  const int64_t* ids[3];      // the row of the table, for each row of the output
+  const void *weight, *bias;  // compute type, or null
+  void *output, *mean, *rstd;
+  const void* grad_output;
+  int64_t grad_output_stride;
+};
+
+// The gradient of one table: row r is the sum of grad_rows[order[i]] for first[r] <= i < first[r + 1].
+struct EmbeddingGradientArgs {
+  DType dtype;
+  int64_t columns;
+  const void* grad_rows;  // compute type, contiguous
+  const int64_t *order, *first;
+  int64_t padding_idx;  // the row without a gradient, or -1
+  void* grad_table;     // contiguous
+};
+
 // Rows in 8 bits: x = scale * (value - zero), each row with a scale and zero of its own. quantized_depth(depth) values a
 // row, those past the depth arbitrary, and a cache line, or many rows would share cache sets; memory for
 // kQuantizedRowTile - 1 more rows is there.
@@ -171,6 +197,14 @@ using LayerNormKernel = void(const LayerNormArgs&, int64_t row_begin, int64_t ro
 // Adds the rows' share to grad_weight and grad_bias (compute type, `columns` elements each).
 using LayerNormBackwardKernel = void(const LayerNormBackwardArgs&, int64_t row_begin, int64_t row_end,
                                      void* grad_weight, void* grad_bias);
+// scratch: a row of the compute type.
+using EmbeddingsKernel = void(const EmbeddingsArgs&, int64_t row_begin, int64_t row_end, void* scratch);
+// What layer_norm_backward starts from, contiguous in the compute type: the sums, and the gradient behind the dropout.
+using EmbeddingsBackwardKernel = void(const EmbeddingsArgs&, int64_t row_begin, int64_t row_end, void* sums,
+                                      void* grads);
+// scratch: two rows of these columns, of the compute type.
+using EmbeddingGradientKernel = void(const EmbeddingGradientArgs&, int64_t row_begin, int64_t row_end,
+                                     int64_t column_begin, int64_t column_end, void* scratch);
 using PackKernel = void(const PackArgs&, int64_t panel_begin, int64_t panel_end);
 // scratch: gemm_scratch_bytes(args) bytes, aligned to 64.
 using GemmKernel = void(const GemmArgs&, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end,
@@ -189,6 +223,9 @@ struct Kernels {
   int panel_bytes;  // one row of a panel: panel_bytes / sizeof(compute type) columns
   LayerNormKernel* layer_norm;
   LayerNormBackwardKernel* layer_norm_backward;
+  EmbeddingsKernel* embeddings;
+  EmbeddingsBackwardKernel* embeddings_backward;
+  EmbeddingGradientKernel* embedding_gradient;
   PackKernel* pack;
   GemmKernel* gemm;
   GemmScratchKernel* gemm_scratch_bytes;

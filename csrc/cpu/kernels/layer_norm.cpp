@@ -1,14 +1,9 @@
 // layer_norm and add_layer_norm, forward and backward: one pass over memory, the row stays in L1.
 
-#include <math.h>
-
-#include "lanes.h"
+#include "moments.h"
 #include "philox.h"
 
 namespace fastformer::FASTFORMER_ISA {
-
-FF_INLINE float square_root(float x) { return sqrtf(x); }
-FF_INLINE double square_root(double x) { return sqrt(x); }
 
 template <class T, class R> static void forward(const LayerNormArgs& a, int64_t row_begin, int64_t row_end) {
   using S = compute_t<R>;
@@ -17,7 +12,6 @@ template <class T, class R> static void forward(const LayerNormArgs& a, int64_t 
   for (int64_t row = row_begin; row < row_end; ++row) {
     const R* x = (const R*)a.input + row * a.input_stride;
     R* y = (R*)a.output + row * n;
-    Vec<S> total[4] = {};
     if (a.residual) {
       const T* input = (const T*)a.input + row * a.input_stride;
       const R* residual = (const R*)a.residual + row * a.residual_stride;
@@ -30,26 +24,15 @@ template <class T, class R> static void forward(const LayerNormArgs& a, int64_t 
       });
       x = s;  // as stored: what the backward will see
     }
-    for_columns_in_turn<S>(n, [&](int64_t c, int lanes, int i) { total[i] += load_lanes(x + c, lanes); });
-    // The deviations from a first mean correct it: exact also where the mean is large beside the variance.
-    const S first_mean = sum_in_turn<S>(total) / S(n);
-    Vec<S> deviations[4] = {}, squares[4] = {};
-    for_columns_in_turn<S>(n, [&](int64_t c, int lanes, int i) {
-      const Vec<S> d = (lanes == kLanes<S> ? load(x + c) : load_n(x + c, lanes, first_mean)) - first_mean;
-      deviations[i] += d;
-      squares[i] += d * d;
-    });
-    const S shift = sum_in_turn<S>(deviations) / S(n), mean = first_mean + shift;
-    const S variance = sum_in_turn<S>(squares) / S(n) - shift * shift;
-    const S rstd = 1 / square_root(variance + S(a.eps));
+    const Moments<S> m = moments_of(x, n, a.eps);
     for_columns<S>(n, [&](int64_t c, int lanes) {
-      Vec<S> v = (load_lanes(x + c, lanes) - mean) * rstd;
+      Vec<S> v = (load_lanes(x + c, lanes) - m.mean) * m.rstd;
       if (weight) v *= load_lanes(weight + c, lanes);
       if (bias) v += load_lanes(bias + c, lanes);
       store_lanes(y + c, v, lanes);
     });
-    ((S*)a.mean)[row] = mean;
-    ((S*)a.rstd)[row] = rstd;
+    ((S*)a.mean)[row] = m.mean;
+    ((S*)a.rstd)[row] = m.rstd;
   }
 }
 

@@ -9,6 +9,9 @@ namespace fastformer::FASTFORMER_ISA {
 
 LayerNormKernel layer_norm;
 LayerNormBackwardKernel layer_norm_backward;
+EmbeddingsKernel embeddings;
+EmbeddingsBackwardKernel embeddings_backward;
+EmbeddingGradientKernel embedding_gradient;
 PackKernel pack;
 GemmKernel gemm;
 GemmScratchKernel gemm_scratch_bytes;
@@ -32,7 +35,8 @@ AttentionBackwardScratchKernel attention_backward_scratch_bytes;
 
 static constexpr Kernels table(const char* isa, GemmKernel* quantized_product) {
   return {
-      isa, kTileVecs * kVecBytes, layer_norm, layer_norm_backward, pack, gemm, gemm_scratch_bytes, epilogue,
+      isa, kTileVecs * kVecBytes, layer_norm, layer_norm_backward, embeddings, embeddings_backward,
+      embedding_gradient, pack, gemm, gemm_scratch_bytes, epilogue,
       quantize, pack_quantized, quantized_product, kQuantizedScratchBytes, activation, column_sums,
       gather_rows, cross_entropy_statistics, cross_entropy_gradient,
       crf_log_likelihood, crf_backward, crf_decode, attention, attention_scratch_bytes, attention_merge,
