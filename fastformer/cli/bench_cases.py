@@ -64,15 +64,34 @@ def cases(models: list[Sizes], ops: list[str], dtypes: list[str]) -> Iterator[Ca
 
 
 def model_calls(sizes: Sizes, batch: int, length: int) -> Iterator[tuple[Call, tuple[str, ...]]]:
-    """What `tune` measures, but for dropout, which eager PyTorch draws otherwise; and the loss over the vocabulary."""
+    """What `tune` measures, but for dropout, which eager PyTorch draws otherwise; the embeddings, the loss over the
+    vocabulary, and the tags of a sequence."""
     for call, modes in tune.calls_of(sizes, batch, length):
         if "dropout_p" not in call.options:
             yield call, modes
     rows, E = batch * length, sizes.hidden
+    if not sizes.is_causal:
+        what = f"{batch}x{length}x{E} of {sizes.vocabulary} words"
+        tables = calls.embedding_tables(sizes.vocabulary, sizes.positions, E)
+        yield Call("embeddings", what, tables, calls.embedding_ids(batch, length, sizes.vocabulary)), tune.BOTH
+        yield from crf_calls(batch, length)
     if batch > 1:
         shapes = {"input": (rows, E), "linear_weight": (sizes.vocabulary, E)}
         target = {"target": partial(calls.targets, rows, sizes.vocabulary)}
         yield Call("linear_cross_entropy", f"{rows}x{E} to {sizes.vocabulary}", shapes, target), tune.TRAINING
+
+
+TAGS = 9  # of names, places and the like: begin and inside, and outside
+
+
+def crf_calls(batch: int, length: int) -> Iterator[tuple[Call, tuple[str, ...]]]:
+    """Against a loop over the positions, as eager PyTorch has to do it."""
+    shapes = {"emissions": (batch, length, TAGS), "transitions": (TAGS, TAGS), "start": (TAGS,), "end": (TAGS,)}
+    mask = {"mask": lambda device: calls.padding_mask(batch, length, device)[:, 0, 0]}
+    tags = {"tags": lambda device: calls.targets(batch * length, TAGS, device).view(batch, length).clamp(min=0)}
+    what = f"{batch}x{length}, {TAGS} tags"
+    yield Call("crf_log_likelihood", what, shapes, mask | tags), tune.TRAINING
+    yield Call("crf_decode", what, shapes, mask), tune.INFERENCE
 
 
 def of_call(call: Call, dtype: str, modes: tuple[str, ...]) -> Iterator[Case]:
@@ -91,7 +110,7 @@ def of_call(call: Call, dtype: str, modes: tuple[str, ...]) -> Iterator[Case]:
         times = 3 if mode == "training" else 1
         yield Case(
             call.op, call.what, dtype, mode == "training", tensors, contenders, eager,
-            times * operations(call), times * moved_bytes(call, dtype),
+            times * operations(call), moved_bytes(call, dtype, times),
         )  # fmt: skip
 
 
@@ -128,11 +147,11 @@ def operations(call: Call) -> float:
     if call.op == "varlen_attn":
         lengths = options["cu_seq_q"](CPU).diff().double()
         return 4 * causal * math.prod(shapes["query"][1:]) * lengths.square().sum().item()
-    return 0.0  # norms
+    return 0.0  # norms, embeddings, tags
 
 
-def moved_bytes(call: Call, dtype: str) -> float:
-    """The forward's tensors and outputs, once; weights in 8 bits take one byte each."""
+def moved_bytes(call: Call, dtype: str, times: int) -> float:
+    """The forward's tensors and outputs, as many times; weights in 8 bits take one byte each."""
     shapes = call.shapes
     weights = sum(math.prod(shape) for name, shape in shapes.items() if "weight" in name and len(shape) == 2)
     rows = sum(map(math.prod, shapes.values())) - weights
@@ -140,10 +159,13 @@ def moved_bytes(call: Call, dtype: str) -> float:
         rows += math.prod(shapes["input"][:-1]) * shapes["weight"][0]
     elif call.op == "add_layer_norm":
         rows += 2 * math.prod(shapes["input"])
-    elif call.op != "linear_cross_entropy":
+    elif call.op == "embeddings":  # a row of words for each of the output; and the gradient of the whole table, once
+        words, width = shapes["word_embeddings"]
+        rows = 2 * call.options["input_ids"](CPU).numel() * width + (words * width / times if times > 1 else 0)
+    elif call.op in ("scaled_dot_product_attention", "varlen_attn", "layer_norm"):
         rows += math.prod(shapes["query" if "query" in shapes else "input"])
     item = 2 if dtype == "bfloat16" else 4
-    return rows * item + weights * (1 if dtype == "int8" else item)
+    return times * (rows * item + weights * (1 if dtype == "int8" else item))
 
 
 def of_layer(layer: str, what: str, sizes: Sizes, batch: int, length: int, dtype: str) -> Iterator[Case]:
