@@ -40,7 +40,8 @@ nvcc = {nvcc}
 flags = {flags}
 
 rule compile
-  command = mkdir -p $stem && $nvcc $flags -c $in -o $out --keep --keep-dir $stem -MD -MF $out.d && $
+  command = mkdir -p $stem && $nvcc $flags -gencode=arch=$arch,code=$arch -c $in -o $out $
+    --keep --keep-dir $stem -MD -MF $out.d && $
     mv $stem/$stem.ptx . && rm -r $stem
   description = nvcc $in
   depfile = $out.d
@@ -61,12 +62,13 @@ def why_not() -> str | None:
 
 
 @functools.cache
-def build(arch: int = 80) -> Path:
-    """The folder with a library of the host code, and beside it the PTX, both brought up to date."""
-    folder, torch_at, toolkit = ROOT / "build" / "ptx" / f"compute_{arch}", torch_folder(), cuda_toolkit()
+def build() -> Path:
+    """The folder with a library of the host code, and beside it the PTX, for sm_80 and, of what is for Hopper, for
+    sm_90a; both brought up to date."""
+    folder, torch_at, toolkit = ROOT / "build" / "ptx" / "cuda", torch_folder(), cuda_toolkit()
     flags = ["-std=c++20", "-O3", "-DUSE_CUDA", f"-Dfastformer_cuda={NAMESPACE}", "-Xcompiler", "-O1,-fPIC"]
     flags += [f"-DTORCH_TARGET_VERSION=0x{MIN_TORCH[0]:02x}{MIN_TORCH[1]:02x}000000000000"]
-    flags += ["-isystem", str(torch_at / "include"), f"-gencode=arch=compute_{arch},code=compute_{arch}"]
+    flags += ["-isystem", str(torch_at / "include")]
     link = [f"-I{toolkit / 'include'}", f"-L{torch_at / 'lib'}", "-ltorch_cpu", "-ltorch"]
     link += ["-Wl,-Bsymbolic", "-Wl,--no-undefined", "-Wl,--wrap=aoti_torch_empty_strided"]
     text = NINJA.format(
@@ -75,7 +77,8 @@ def build(arch: int = 80) -> Path:
     objects = []
     for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
         objects.append(f"{source.stem}.o")
-        text += f"build {objects[-1]}: compile {source}\n  stem = {source.stem}\n"
+        arch = "compute_90a" if "_hopper_" in source.name else "compute_80"
+        text += f"build {objects[-1]}: compile {source}\n  stem = {source.stem}\n  arch = {arch}\n"
     text += f"build host.so: link {HERE / 'runtime.cpp'} {' '.join(objects)}\n"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "build.ninja"
@@ -89,9 +92,9 @@ def build(arch: int = 80) -> Path:
 
 
 @functools.cache
-def ptx_of(kernel: str, arch: int = 80) -> str:
+def ptx_of(kernel: str) -> str:
     """The text that has it."""
-    for file in build(arch).glob("*.ptx"):
+    for file in build().glob("*.ptx"):
         text = file.read_text()
         if f".entry {kernel}(" in text:
             return text
@@ -168,9 +171,10 @@ def _on_cpu(op) -> Callable:
 
 @contextlib.contextmanager
 def running_cuda(
-    order: str = "together", seed: int = 0, edit: Callable[[str], str] | None = None
+    target: str = "sm_80", order: str = "together", seed: int = 0, edit: Callable[[str], str] | None = None
 ) -> Iterator[list[Finished]]:
-    """Inside, calls on CPU tensors go to the CUDA kernels, in the interpreter. The list has what each launch did.
+    """Inside, calls on CPU tensors go to the CUDA kernels, in the interpreter, on a device that says that it is of
+    `target`: sm_80 or sm_90. The list has what each launch did.
 
     `edit` changes the PTX of each kernel, from .entry to its last brace.
     """
@@ -198,6 +202,7 @@ def running_cuda(
     before, problem = common._RAW["cuda"], cuda_library._problem
     callbacks = _ON_LAUNCH(on_launch), _ON_ALLOCATION(lambda data, size: _tensors[-1].on_allocation(data, size))
     library.set_callbacks(*callbacks)
+    library.set_capability(int(target.removeprefix("sm_")))
     try:
         cuda_library._problem = None
         common._RAW["cuda"] = getattr(torch.ops, NAMESPACE)

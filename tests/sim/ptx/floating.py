@@ -118,6 +118,10 @@ def pairs(function: Callable, dtype: type) -> Callable:
     return both
 
 
+def of_f32x2(function: Callable) -> Callable:
+    return lambda *x: function(*(y.view(np.float32) for y in x)).view(np.uint64)
+
+
 def to_odd(x: np.ndarray) -> np.ndarray:
     """float64 to float32, the last bit set where it is not exact: rounding it once more is then as from float64."""
     near = x.astype(np.float32)
@@ -151,7 +155,9 @@ for _name, _function, _sources in (
     add(f"{_name}.ftz.f32", "f32", _sources, flushed(_function))
 for _name in ("add", "sub", "mul"):
     add(f"{_name}.rn.f32", "f32", "f32 f32", TABLE[f"{_name}.f32"].function)
+    add(f"{_name}.f32x2", "f32x2", "f32x2 f32x2", of_f32x2(TABLE[f"{_name}.f32"].function))
     add(f"{_name}.f64", "f64", "f64 f64", TABLE[f"{_name}.f32"].function)
+add("fma.rn.f32x2", "f32x2", "f32x2 f32x2 f32x2", of_f32x2(fma))
 add("fma.rm.f32", "f32", "f32 f32 f32", fma_down)
 add("min.NaN.f32", "f32", "f32 f32", or_nan(_MIN))
 add("max.NaN.f32", "f32", "f32 f32", or_nan(_MAX))

@@ -33,7 +33,7 @@ def running(source: str) -> Running:
 
         if problem := cuda.why_not():
             pytest.skip(problem)
-        return cuda.running_cuda
+        return partial(cuda.running_cuda, target)
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed: the PTX of the Triton kernels can't be made")
     if os.environ.get("TRITON_INTERPRET") == "1":

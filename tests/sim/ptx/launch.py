@@ -12,7 +12,7 @@ import torch
 from .checks import Counts
 from .machine import Launch
 from .memory import Memory
-from .parse import parse
+from .parse import body_end, parse
 from .program import Program
 
 _programs: dict[tuple[int, str], Program] = {}
@@ -41,7 +41,7 @@ class Runner:
         """Decoded once; with an `edit`, after it changed the kernel's text from .entry to its last brace."""
         if self.edit:
             start = re.search(rf"\.entry\s+{re.escape(kernel)}\b", text).start()
-            end = text.index("\n}", start)
+            end = body_end(text, start)
             text = text[:start] + self.edit(text[start:end]) + text[end:]
         key = hash(text), kernel
         if key not in _programs:

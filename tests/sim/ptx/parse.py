@@ -212,7 +212,7 @@ class _Parser:
             if kernel.name == self.wanted:
                 self.body(kernel)
             else:
-                end = self.text.index("\n}", self.position) + 2
+                end = body_end(self.text, self.position - 1)
                 self.line += self.text.count("\n", self.position, end)
                 self.position = end
         else:
@@ -339,6 +339,16 @@ class _Parser:
         if not isinstance(base, (Register, Symbol)):
             raise PtxError(f"line {line}: address [{text}] is not known")
         return Address(base, int(match[2], 0) if match[2] else 0)
+
+
+def body_end(text: str, start: int) -> int:
+    """Behind the brace that closes the first one from `start` on."""
+    depth = 0
+    for brace in re.finditer(r"//[^\n]*|[{}]", text[start:]):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if brace[0] == "}" and depth == 0:
+            return start + brace.end()
+    raise PtxError("a body that does not end")
 
 
 def split(text: str) -> list[str]:

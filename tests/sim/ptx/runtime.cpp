@@ -1,9 +1,12 @@
 // Stands in for CUDA's runtime under the host code that nvcc compiled: a launch calls back, with the kernel's name as it
-// is in the PTX. There is one device, with 2 multiprocessors, as in the simulator; tensors are on the CPU.
+// is in the PTX. There is one device, with 2 multiprocessors, as in the simulator; tensors are on the CPU. Of the driver
+// there is cuTensorMapEncodeTiled, which writes what tensor_map.py reads.
 
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <cstring>
 #include <map>
 
 namespace {
@@ -13,14 +16,47 @@ using OnAllocation = void (*)(void* data, uint64_t bytes);
 OnLaunch on_launch = nullptr;
 OnAllocation on_allocation = nullptr;
 cudaError_t last_error = cudaSuccess;
+int capability = 80;
 std::map<const void*, const char*>& kernels() {
   static std::map<const void*, const char*> all;
   return all;
 }
 
+// tensor_map.FORMAT
+struct EncodedMap {
+  char magic[10] = {'t', 'e', 'n', 's', 'o', 'r', ' ', 'm', 'a', 'p'};
+  char unused = 0;
+  uint8_t rank, type, swizzle, interleave, fill;
+  uint64_t address, sizes[5], strides[4];
+  uint16_t box[5];
+  uint8_t steps[5];
+};
+
+CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,
+                      const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
+                      const cuuint32_t* steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+                      CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
+  if (rank < 1 || rank > 5) return CUDA_ERROR_INVALID_VALUE;
+  EncodedMap encoded{};
+  encoded.rank = rank, encoded.type = type, encoded.swizzle = swizzle;
+  encoded.interleave = interleave, encoded.fill = fill, encoded.address = reinterpret_cast<uint64_t>(address);
+  for (cuuint32_t i = 0; i < rank; ++i) {
+    if (box[i] > 256 || steps[i] > 8) return CUDA_ERROR_INVALID_VALUE;
+    encoded.sizes[i] = sizes[i], encoded.box[i] = box[i], encoded.steps[i] = steps[i];
+    if (i > 0) encoded.strides[i - 1] = strides[i - 1];
+  }
+  static_assert(sizeof encoded <= sizeof *map);
+  std::memset(map, 0, sizeof *map);
+  std::memcpy(map, &encoded, sizeof encoded);
+  return CUDA_SUCCESS;
+}
+
 }  // namespace
 
 extern "C" {
+
+// Of the device: 80 or 90.
+__attribute__((visibility("default"))) void set_capability(int number) { capability = number; }
 
 __attribute__((visibility("default"))) void set_callbacks(OnLaunch launch, OnAllocation allocation) {
   on_launch = launch;
@@ -76,8 +112,18 @@ cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  if (attribute != cudaDevAttrMultiProcessorCount) return cudaErrorInvalidValue;
-  *value = 2;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount: *value = 2; return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor: *value = capability / 10; return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor: *value = capability % 10; return cudaSuccess;
+    default: return cudaErrorInvalidValue;
+  }
+}
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned, unsigned long long,
+                                             cudaDriverEntryPointQueryResult* found) {
+  const bool known = std::strcmp(name, "cuTensorMapEncodeTiled") == 0;
+  *function = known ? reinterpret_cast<void*>(&encode_tiled) : nullptr;
+  if (found) *found = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
   return cudaSuccess;
 }
 

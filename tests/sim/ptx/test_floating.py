@@ -219,6 +219,21 @@ def test_signs(opcode):
     assert np.array_equal(found[keep], wanted[keep])
 
 
+F32X2 = [x for x in floating.TABLE if x.endswith(".f32x2")]
+
+
+@pytest.mark.parametrize("opcode", F32X2)
+def test_pairs_in_64_bits(opcode):
+    """Of low halves, and of high ones."""
+    parts = [[numbers("f32") for _ in range(2)] for _ in floating.TABLE[opcode].sources]
+    wide = [low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32) for low, high in parts]
+    (found,) = compute(f"{opcode} D0, {', '.join('ABC'[: len(wide)])}", ["b64"], ["b64"] * len(wide), *wide)
+    for i, got in enumerate(np.ascontiguousarray(found).view(np.uint32).reshape(-1, 2).T):
+        wanted = run(opcode.removesuffix("x2"), [pair[i] for pair in parts])
+        nan = np.isnan(wanted.view(np.float32))
+        assert np.array_equal(got[~nan], wanted[~nan]) and np.isnan(got.view(np.float32)[nan]).all()
+
+
 def test_other_signs():
     x = numbers("bf16x2")
     for opcode in ("abs.f16x2", "abs.bf16x2"):
@@ -388,7 +403,7 @@ class TestConversions:
 
 def test_every_instruction_is_tested():
     families = ("setp.", "cvt.", "min.", "max.", "neg.", "abs.", "selp.", "mov.", "add.f64", "sub.f64", "mul.f64")
-    others = {*EXACT, *APPROXIMATIONS, *FLUSHED, "fma.rm.f32", "copysign.f32"}
+    others = {*F32X2, *EXACT, *APPROXIMATIONS, *FLUSHED, "fma.rm.f32", "copysign.f32"}
     assert not [opcode for opcode in TABLE if opcode not in others and not opcode.startswith(families)]
 
 

@@ -1,80 +1,11 @@
 """Mistakes in the PTX, as an asm string or a compiler could make them: each is a fault, or a wrong answer."""
 
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import pytest
-import torch
-from accuracy import assert_close_to_reference
 
-from fastformer import ops
-from ptx.faults import Fault
-from ptx.kernel_tests import F16, running
+from ptx.kernel_tests import running
+from ptx.mutating import CALLS, COPY, MMA, RACE, WRONG, Mutation, check_found, every, one
 
 pytestmark = pytest.mark.slow
-Edit = Callable[[str], str]
-
-
-def attention() -> None:
-    """Five tiles of keys, the last one ragged."""
-    q, k, v = (torch.randn(1, 1, n, 64).to(F16) for n in (70, 290, 290))
-    expected = torch.nn.functional.scaled_dot_product_attention
-    output = ops.scaled_dot_product_attention(q, k, v)
-    assert_close_to_reference(output, expected(q, k, v), expected(q.double(), k.double(), v.double()))
-
-
-def linear() -> None:
-    """Five steps: the last one, ragged, lies in the memory of the first."""
-    x, w = torch.randn(70, 152).to(F16), torch.randn(72, 152).to(F16) / 12
-    expected = torch.nn.functional.linear
-    assert_close_to_reference(ops.linear(x, w), expected(x, w), expected(x.double(), w.double()))
-
-
-def layer_norm() -> None:
-    x = torch.randn(5, 1100)
-    expected = torch.nn.functional.layer_norm
-    assert_close_to_reference(ops.layer_norm(x, 1100), expected(x, (1100,)), expected(x.double(), (1100,)))
-
-
-CALLS = {
-    "attention": (attention, r"forward_kernel"),
-    "linear": (linear, r"matmul"),
-    "layer_norm": (layer_norm, r"forward_kernel"),
-}
-
-
-def every(pattern: str, replacement: str) -> Edit:
-    return lambda body: re.sub(pattern, replacement, body)
-
-
-def one(pattern: str, replacement: str, number: int) -> Edit:
-    """Of that number, from 0; a KeyError where there are not so many."""
-
-    def edit(body: str) -> str:
-        found = list(re.finditer(pattern, body))
-        if number >= len(found):
-            raise KeyError(f"{len(found)} of {pattern}")
-        return body[: found[number].start()] + found[number].expand(replacement) + body[found[number].end() :]
-
-    return edit
-
-
-MMA = r"(mma\.sync[\w.]+\s+)\{([^}]*)\}, \{([^},]*),([^},]*),([^},]*),([^}]*)\}, \{([^},]*),([^}]*)\}"
-WRONG, RACE, COPY = "error .*, at most .* allowed", "race: ", "to which a copy is under way"
-
-
-@dataclass(frozen=True)
-class Mutation:
-    name: str
-    source: str
-    call: str
-    edit: Edit
-    found: str  # in the message
-
-    def __str__(self) -> str:
-        return f"{self.source}, {self.call}: {self.name}"
-
 
 BOTH = [
     ("registers of a swapped", every(MMA, r"\1{\2}, {\3,\5,\4,\6}, {\7,\8}"), WRONG),
@@ -130,22 +61,10 @@ MUTATIONS += [
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
 def test_mutations(mutation):
-    call, kernel = CALLS[mutation.call]
-    changed = []
-
-    def edit(body: str) -> str:
-        if not re.search(kernel, body[:300]):
-            return body
-        new = mutation.edit(body)
-        changed.append(new != body)
-        return new
-
-    with pytest.raises((Fault, AssertionError), match=mutation.found), running(mutation.source)(edit=edit):
-        call()
-    assert any(changed)
+    check_found(mutation)
 
 
-@pytest.mark.parametrize("source", ["cuda", "triton"])
+@pytest.mark.parametrize("source", ["cuda", "triton", "triton sm_90"])
 @pytest.mark.parametrize("call", CALLS)
 def test_without_a_mutation(source, call):
     with running(source)():

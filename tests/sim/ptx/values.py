@@ -22,6 +22,7 @@ TYPES = {
     **{f"f{n}": (getattr(np, f"float{n}"), f"b{n}") for n in (16, 32, 64)},
     "bf16": (np.uint16, "b16"),
     **dict.fromkeys(("f16x2", "bf16x2", "tf32"), (np.uint32, "b32")),
+    "f32x2": (np.uint64, "b64"),
 }
 STORAGE = {"pred": np.bool_, "b16": np.uint16, "b32": np.uint32, "b64": np.uint64}
 WIDTHS = {"pred": 0, "b16": 2, "b32": 4, "b64": 8}
