@@ -59,7 +59,8 @@ def test_loss_and_gradients(name):
         if kind == "fused":
             assert isinstance(logits_of(outputs), Logits)
             assert is_pending(logits_of(outputs))
-        runs[kind] = {"loss": outputs.loss.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        runs[kind] = {"loss": outputs.loss.detach()} | gradients
     assert runs["fused"].keys() == runs["eager"].keys()
     assert_all_close(*runs.values())
 
