@@ -57,11 +57,12 @@ _waiting: weakref.WeakSet[_Product] = weakref.WeakSet()
 
 def _compute_before_step(optimizer, args, kwargs) -> None:
     """Somebody still holds logits that the step would change."""
-    for product in list(_waiting):
+    pending = [product for product in _waiting if product.output is None]
+    if pending:
         weights = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if product.output is None and not weights.isdisjoint(map(id, product.operands)):
-            product.compute()
-    _waiting.clear()
+        for product in pending:
+            if not weights.isdisjoint(map(id, product.operands)):
+                product.compute()
 
 
 register_optimizer_step_pre_hook(_compute_before_step)
@@ -101,7 +102,7 @@ class Logits(Tensor):
             x = take(x)
         return x
 
-    def _taken(self, take: Take | None) -> Tensor:
+    def _taken(self, take: Take) -> Tensor:
         if self._product.is_edited:
             return take(self._computed())
         return _logits(take(self._rows), self._product, (*self._takes, take))

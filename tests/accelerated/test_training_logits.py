@@ -189,6 +189,8 @@ class TestLogits:
         expected = F.linear(*operands).detach()
         logits = waiting(*operands)
         F.cross_entropy(logits.view(-1, 100), target).backward()
+        torch.optim.AdamW([torch.zeros(2, requires_grad=True)], fused=True).step()  # of something else
+        assert is_pending(logits)
         torch.optim.AdamW(operands, lr=0.1, fused=True).step()
         torch.testing.assert_close(logits.detach(), expected)
 
