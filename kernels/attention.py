@@ -13,7 +13,7 @@ Scores are kept in units of log2: exp(x) = exp2(x log2(e)).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -213,7 +213,9 @@ def load_mask(pointer, mask, query, key, queries, keys, PER_QUERY: tl.constexpr)
             pointers += query.to(tl.int64) * mask.stride_row
             inside &= query < queries
         if mask.data.dtype.element_ty == tl.int1:
-            values = tl.load(pointers, mask=inside, other=False)
+            # Through a reduction of one: else Triton takes what is made of it for an operand that was loaded as bytes,
+            # and lays out the products for that, with bank conflicts.
+            values = tl.reduce_or(tl.load(pointers, mask=inside, other=False)[None], 0)
         else:
             values = tl.load(pointers, mask=inside, other=0.0)
             # The lowest finite number hides less than -inf: it must not become -inf. The maximum keeps NaN.
@@ -426,3 +428,18 @@ def call_of(
         dtype=query.dtype,
         arguments=arguments,
     )
+
+
+def aligned_rows(x: Tensor) -> Tensor:
+    """x, or a copy whose rows can be read 16 bytes at a time. Element by element the addresses alone would fill the
+    registers, and nothing could be fetched ahead; a row is read for each tile of the others, and copied once."""
+    *strides, inner = x.stride()
+    if inner == 1 and all(stride % 16 == 0 for stride in strides) and x.data_ptr() % 16 == 0:
+        return x
+    width = x.shape[-1]
+    return x.new_empty(*x.shape[:-1], triton.cdiv(width, 16) * 16)[..., :width].copy_(x)
+
+
+def with_aligned_rows(call: Call) -> Call:
+    tensors = {name: rows(aligned_rows(call.arguments[name].data)) for name in ("query", "key", "value")}
+    return replace(call, arguments=call.arguments | tensors)

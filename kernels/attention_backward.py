@@ -26,6 +26,7 @@ from fastformer.kernels.attention import (
     VARYING,
     Call,
     add_product,
+    aligned_rows,
     band,
     dot_in_turns,
     dot_of_rows,
@@ -47,6 +48,7 @@ from fastformer.kernels.attention import (
     visible,
     visible_tiles,
     widest_tile,
+    with_aligned_rows,
     zero_rows,
 )
 from fastformer.kernels.configs import Config, pick, shared_memory, target
@@ -320,7 +322,7 @@ def grad_query_kernel(
 _Tiles = dict[str, dict[int, list[tuple[int, int, int]]]]
 _KEY_VALUE: _Tiles = {
     "sm_80": {64: [(32, 128, 8), (16, 64, 4), (16, 64, 8)], 128: [(16, 128, 8), (32, 64, 8)], 256: [(16, 32, 8)]},
-    "sm_80 dropout": {64: [(32, 128, 8), (16, 64, 8)], 128: [(32, 64, 8), (16, 64, 8)], 256: [(16, 32, 8)]},
+    "sm_80 dropout": {64: [(16, 128, 8), (16, 64, 8)], 128: [(32, 64, 8), (16, 64, 8)], 256: [(16, 32, 8)]},
     "sm_90": {64: [(64, 128, 8), (32, 128, 8)], 128: [(32, 128, 8), (16, 128, 8)], 256: [(16, 128, 8), (16, 64, 8)]},
     "sm_90 dropout": {64: [(32, 128, 8), (16, 128, 8)], 128: [(32, 128, 8), (16, 64, 8)], 256: [(16, 128, 8)]},
     "sm_100": {64: [(32, 128, 8), (16, 128, 8)], 128: [(16, 128, 8), (16, 32, 8)], 256: [(16, 128, 8)]},
@@ -328,7 +330,7 @@ _KEY_VALUE: _Tiles = {
     "sm_120 dropout": {64: [(16, 64, 4), (16, 64, 8)], 128: [(32, 64, 8), (16, 64, 8)], 256: [(16, 32, 8)]},
     "gfx9": {64: [(32, 64, 4), (16, 64, 4)], 128: [(16, 64, 8)], 256: [(16, 32, 4)]},
     "gfx11": {64: [(16, 32, 4)], 128: [(16, 32, 8)], 256: [(16, 32, 8)]},
-    "gfx11 dropout": {64: [(16, 32, 4)], 128: [(16, 32, 8)], 256: [(16, 16, 8)]},
+    "gfx11 dropout": {64: [(16, 32, 4)], 128: [(16, 32, 8)], 256: [(16, 16, 4)]},
     "float32": {64: [(16, 32, 8)], 128: [(16, 32, 8)], 256: [(16, 16, 8)]},
     "tf32x3": {64: [(16, 32, 8)], 128: [(16, 16, 8)]},
     "gfx9 float32": {64: [(16, 64, 4), (16, 32, 4)], 128: [(16, 32, 4)], 256: [(16, 16, 4)]},
@@ -336,12 +338,12 @@ _KEY_VALUE: _Tiles = {
 }
 _QUERY: _Tiles = {
     "sm_80": {64: [(128, 64, 8), (64, 64, 4)], 128: [(128, 32, 8), (64, 64, 8)], 256: [(32, 64, 8)]},
-    "sm_80 dropout": {64: [(128, 64, 8), (64, 64, 4)], 128: [(64, 64, 8)], 256: [(32, 64, 8)]},
+    "sm_80 dropout": {64: [(128, 64, 8), (64, 64, 8)], 128: [(64, 64, 8)], 256: [(32, 64, 8)]},
     "sm_90": {64: [(128, 64, 8), (64, 64, 4)], 128: [(128, 64, 8), (64, 64, 4)], 256: [(32, 64, 8)]},
     "sm_100": {64: [(64, 64, 4)], 128: [(64, 64, 8)], 256: [(32, 64, 8)]},
     "sm_100 dropout": {64: [(128, 64, 8), (64, 64, 4)], 128: [(64, 64, 8)], 256: [(32, 64, 8)]},
     "sm_120": {64: [(128, 64, 8), (64, 64, 4)], 128: [(128, 32, 8), (64, 64, 8)], 256: [(32, 64, 8)]},
-    "sm_120 dropout": {64: [(128, 64, 8), (64, 64, 4)], 128: [(64, 64, 8)], 256: [(32, 64, 8)]},
+    "sm_120 dropout": {64: [(128, 32, 8), (64, 64, 8)], 128: [(64, 64, 8)], 256: [(32, 64, 8)]},
     "gfx9": {64: [(64, 64, 4)], 128: [(64, 64, 4)], 256: [(32, 32, 4)]},
     "gfx11": {64: [(64, 16, 4)], 128: [(64, 32, 8), (32, 16, 4)], 256: [(32, 16, 4), (16, 16, 8)]},
     "float32": {64: [(64, 32, 8), (32, 32, 8)], 128: [(16, 64, 8), (16, 32, 8)], 256: [(16, 16, 8)]},
@@ -369,13 +371,14 @@ def _configs(call: Call, table: _Tiles) -> list[Config]:
     kind = _kind(call)
     size = max(call.padded_size, 64)
     tiles = table.get(kind + " dropout" * call.has_dropout, table[kind])[size]
-    if call.arguments["groups"] > 1 or call.arguments["MASK_PER_QUERY"]:
+    crowded = call.arguments["groups"] > 1 or call.arguments["MASK_PER_QUERY"]
+    if crowded:
         tiles = tiles[-1:]
     exact = call.dtype == torch.float32
     amd = target().startswith("gfx")
     narrow = size == 256 and shared_memory(target()) < 128 * 1024
-    stages = 1 if (narrow and not exact) or (amd and (exact or kind == "gfx11")) else 2
-    return [Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps, stages) for m, n, num_warps in tiles]
+    one_stage = (narrow and not exact) or (amd and (exact or kind == "gfx11")) or (crowded and call.has_dropout)
+    return [Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps, 1 if one_stage else 2) for m, n, num_warps in tiles]
 
 
 def _columns(call: Call) -> int:
@@ -398,6 +401,7 @@ def attention_backward(
         "dense_mask": call.arguments["MASK_PER_QUERY"],
     }  # fmt: skip
     delta = torch.empty_like(lse)
+    call, grad_output = with_aligned_rows(call), aligned_rows(grad_output)
     arguments = {
         **call.arguments,
         "grad_output": rows(grad_output),

@@ -38,6 +38,7 @@ from fastformer.kernels.attention import (
     store_rows,
     visible,
     visible_tiles,
+    with_aligned_rows,
     zero_rows,
 )
 from fastformer.kernels.configs import Config, pick, target
@@ -47,6 +48,21 @@ from fastformer.kernels.configs import Config, pick, target
 def finite_maximum(m):
     """0 for a row that has seen no key."""
     return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def load_mask_in_time(pointer, mask, query, key, queries, keys, PER_QUERY: tl.constexpr):
+    """`load_mask` in a loop whose loads are fetched ahead, but this one: Triton would take each query's floats through
+    shared memory, column by column, with bank conflicts. Not so in a branch, which is taken always."""
+    values = None
+    if mask is not None:
+        if PER_QUERY and mask.data.dtype.element_ty != tl.int1:
+            values = tl.zeros((query.shape[0], key.shape[1]), tl.float32)
+            if keys > 0:
+                values = load_mask(pointer, mask, query, key, queries, keys, PER_QUERY)
+        else:
+            values = load_mask(pointer, mask, query, key, queries, keys, PER_QUERY)
+    return values
 
 
 @triton.jit
@@ -195,7 +211,7 @@ def attention_forward_kernel(
             any_seen = True
             if CHECKED:
                 key_index = start + tl.arange(0, BLOCK_N)[None, :]
-                values = load_mask(mask_pointer, mask, query_index, key_index, queries, keys, MASK_PER_QUERY)
+                values = load_mask_in_time(mask_pointer, mask, query_index, key_index, queries, keys, MASK_PER_QUERY)
                 seen = visible(query_index, key_index, keys, lowest, highest, values, BANDED)
                 if MASK_PER_QUERY:
                     any_seen = tl.max(seen.to(tl.int32)) > 0
@@ -271,6 +287,13 @@ _MASK_PER_QUERY = {
     "tf32x3": {64: [(32, 32, 8, 2)], 128: [(16, 32, 8, 2)]},
 }
 
+_DROPOUT_AND_MASK = {  # of each query; where _DROPOUT has no room for it
+    ("mma", 64): [(64, 32, 8, 2)],
+    ("mma", 256): [(16, 64, 8, 1)],
+    ("wgmma", 256): [(16, 64, 8, 1)],
+    ("cdna", 256): [(16, 64, 4, 1)],
+}
+
 
 def hoists_query(call: Call) -> bool:
     """May it be in registers as an operand throughout the loop? Not where a thread would have whole rows of it, which
@@ -294,8 +317,8 @@ def _configs(call: Call) -> list[Config]:
     table = _DROPOUT if call.has_dropout else _MASK_PER_QUERY if call.arguments["MASK_PER_QUERY"] else _PLAIN
     size = max(call.padded_size, 64)
     table_rows = table[family][size]
-    if call.has_dropout and call.arguments["MASK_PER_QUERY"] and family == "mma" and size == 64:
-        table_rows = [(64, 32, 8, 2)]
+    if call.has_dropout and call.arguments["MASK_PER_QUERY"]:
+        table_rows = _DROPOUT_AND_MASK.get((family, size), table_rows)
     if table is _PLAIN and call.arguments["mask"] is not None:
         table_rows = table_rows[-1:]  # a float mask takes registers
     return [Config({"BLOCK_M": m, "BLOCK_N": n}, warps, stages) for m, n, warps, stages in table_rows]
@@ -303,6 +326,7 @@ def _configs(call: Call) -> list[Config]:
 
 def attention_forward(call: Call, output: Tensor, lse: Tensor) -> None:
     """Writes output, (B, H, Sq, Dv) or (Tq, H, Dv), and lse, float32 (B, H, Sq) or (H, Tq)."""
+    call = with_aligned_rows(call)
     config = pick(
         "attention_forward",
         _configs(call),

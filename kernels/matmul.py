@@ -139,7 +139,10 @@ def _matmul(
     a_inside, b_inside = rows[:, None] < M, columns[None, :] < N
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    sums = tl.zeros((BLOCK_M,), tl.float32)
+    # 16-bit rows are added up as a product with ones, in 16 equal columns: if `a` were needed as it is, beside the
+    # operand, Triton would not swizzle it in shared memory, and the loads of the operand would have bank conflicts.
+    ONES: tl.constexpr = 1 if a_ptr.dtype.element_ty == tl.float32 else 16
+    sums = tl.zeros((BLOCK_M, ONES), tl.float32)
     for start in range(first, last, BLOCK_K):
         if EVEN_K:
             a, b = tl.load(a_ptrs, a_inside, other=0.0), tl.load(b_ptrs, b_inside, other=0.0)
@@ -150,11 +153,15 @@ def _matmul(
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
         if SUMS:
             if tile_n == 0:
-                sums += tl.sum(a.to(tl.float32), axis=1)
+                if ONES == 1:
+                    sums += tl.sum(a, axis=1, keep_dims=True)
+                else:
+                    ones = tl.full((BLOCK_K, ONES), 1.0, a.dtype)
+                    sums = tl.dot(a, ones, sums, input_precision=PRECISION)
         a_ptrs += BLOCK_K * stride_ak
         b_ptrs += BLOCK_K * stride_bk
     _finish(
-        acc, sums, tile_m, tile_n, split, M, N, partial_ptr, partial_sums_ptr, sums_ptr,
+        acc, tl.max(sums, axis=1), tile_m, tile_n, split, M, N, partial_ptr, partial_sums_ptr, sums_ptr,
         out_ptr, bias_ptr, stride_bias, pre_ptr, hidden_ptr, seed_ptr, threshold, scale, residual_ptr, stride_rm,
         stride_rn, ACTIVATION, GRADIENT, BLOCK_M, BLOCK_N,
     )  # fmt: skip

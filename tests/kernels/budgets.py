@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+import pairs
 import torch
 from aot import Facts, Kernel, compiling_for
 from calls import CALLS, KINDS
@@ -41,7 +42,7 @@ def _compile(target: str, call: str, kind: str) -> list[Kernel]:
     torch.set_float32_matmul_precision("high" if kind == "tf32x3" else "highest")
     try:
         with compiling_for(target) as kernels:
-            CALLS[call](KINDS[kind])
+            (CALLS | pairs.CALLS)[call](KINDS[kind])
     finally:
         torch.set_float32_matmul_precision(before)
     return kernels

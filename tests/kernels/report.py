@@ -2,6 +2,7 @@
 
 python tests/kernels/report.py                       all of it, and docs/kernel_budgets.md
 python tests/kernels/report.py --target sm_90 --call "attention 128" --kind bfloat16
+python tests/kernels/report.py --pairs --target sm_90          calls of every two features together: only the rules
 python tests/kernels/report.py --set-budgets         budgets.json from what is compiled now, for people to review
 """
 
@@ -14,9 +15,10 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Annotated
 
 import budgets
+import calls
+import pairs
 import typer
 from aot import ROOT, TARGETS, Facts
-from calls import cases
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -58,8 +60,12 @@ def main(
     kind: Annotated[str, typer.Option(help="only this one: bfloat16, float16, float32 or tf32x3")] = "",
     jobs: Annotated[int, typer.Option(help="processes")] = min(os.cpu_count() or 1, 8),
     set_budgets: Annotated[bool, typer.Option(help="write budgets.json")] = False,
+    paired: Annotated[
+        bool, typer.Option("--pairs", help="the calls of pairs.py, which have rules, but no budgets")
+    ] = False,
 ) -> None:
-    chosen = [(t, name, k) for t, name, k in cases(target or TARGETS) if call in name and kind in k]
+    cases = (pairs if paired else calls).cases(target or TARGETS)
+    chosen = [(t, name, k) for t, name, k in cases if call in name and kind in k]
     limits = budgets.load()
     table, rows, failures = Table(*HEADER, "faults"), [], 0
     with ProcessPoolExecutor(jobs) as pool:
@@ -74,14 +80,14 @@ def main(
                 limits.setdefault(name, {}).setdefault(k, {})[t] = entry
             for kernel, facts in kernels.items():
                 limit = limits.get(name, {}).get(k, {}).get(t, {}).get(kernel)
-                found = budgets.faults(t, k, facts, limit) + ([] if limit else ["no budget"])
+                found = budgets.faults(t, k, facts, limit) + ([] if limit or paired else ["no budget"])
                 failures += bool(found)
                 rows.append(row(t, name, k, kernel, facts))
                 table.add_row(*rows[-1], f"[red]{'; '.join(found)}")
     Console(width=None if sys.stdout.isatty() else 200).print(table)
-    if set_budgets:
+    if set_budgets and not paired:
         budgets.save(limits)
-    if not (target or call or kind):
+    if not (paired or target or call or kind):
         write_page(rows)
     raise typer.Exit(failures > 0)
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from fastformer import ops
-from ptx.faults import Fault
 from ptx.kernel_tests import CASES, DTYPES, running
 
 FAST = {  # those that `make test` runs
@@ -16,17 +15,12 @@ FAST = {  # those that `make test` runs
     ("triton sm_90", "linear", "bfloat16"),
     ("triton sm_90", "attention, causal", "float16"),
 }
-# Right and without faults, but what Triton makes of a mask has bank conflicts in its main loop.
-CONFLICTS = {
-    ("triton", "attention, mask"),
-    ("triton", "attention, float mask"),
-    ("triton sm_90", "attention, float mask"),
-}
+# Right and without faults; Triton's main loop had bank conflicts, and was mended, but not looked at on sm_90 since.
+CONFLICTS = {("triton sm_90", "attention, float mask")}
 KNOWN = {  # what fails, and why
     (source, "decode", "float32"): pytest.mark.xfail(
-        reason="combine_kernel: two lanes store to one place sums that differ in the last bit",
-        raises=Fault,
-        strict=True,
+        reason="the gradient of value is off by 4.3e-8 in its one draw, where 2.7e-8 are allowed: lse is rounded",
+        raises=AssertionError,
     )
     for source in ("triton", "triton sm_90")
 }
