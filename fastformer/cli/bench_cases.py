@@ -150,7 +150,7 @@ def operations(call: Call) -> float:
     return 0.0  # norms, embeddings, tags
 
 
-def moved_bytes(call: Call, dtype: str, times: int) -> float:
+def moved_bytes(call: Call, dtype: str, times: int = 1) -> float:
     """The forward's tensors and outputs, as many times; weights in 8 bits take one byte each."""
     shapes = call.shapes
     weights = sum(math.prod(shape) for name, shape in shapes.items() if "weight" in name and len(shape) == 2)

@@ -45,7 +45,7 @@ def test_a_model(run: Callable, bert_folder: Path) -> None:
     assert len(rows) == len(content["rows"])
     assert {row["op"] for row in content["rows"]} == {
         "layer_norm", "add_layer_norm", "linear", "feed_forward", "scaled_dot_product_attention", "varlen_attn",
-        "linear_cross_entropy", "EncoderLayer", "DecoderLayer",
+        "linear_cross_entropy", "embeddings", "crf_log_likelihood", "crf_decode", "EncoderLayer", "DecoderLayer",
     }  # fmt: skip
     for (_, dtype, _), contenders in rows.items():
         assert list(contenders)[:2] == ["eager", "fastformer"]
@@ -137,6 +137,10 @@ def test_operations_and_bytes() -> None:
     linear = Call("linear", "", {"input": (2, 3, 8), "weight": (5, 8), "bias": (5,)})
     assert bench_cases.operations(linear) == 2 * 6 * 8 * 5
     assert bench_cases.moved_bytes(linear, "float32") == 4 * (6 * 8 + 5 * 8 + 5 + 6 * 5)
+    tables, ids = calls.embedding_tables(50, 9, 8), calls.embedding_ids(2, 3, 50)
+    embeddings = Call("embeddings", "", tables, ids)
+    assert bench_cases.moved_bytes(embeddings, "float32") == 4 * 2 * 6 * 8
+    assert bench_cases.moved_bytes(embeddings, "bfloat16", 3) == 2 * (3 * 2 * 6 * 8 + 50 * 8)
     assert bench_cases.moved_bytes(linear, "int8") == 4 * (6 * 8 + 5 + 6 * 5) + 5 * 8
     shapes = {name: (2, 3, 8, 4) for name in ("query", "key", "value")}
     attention = partial(Call, "scaled_dot_product_attention", "", shapes)
