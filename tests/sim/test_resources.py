@@ -3,6 +3,7 @@
 from collections import Counter
 
 import pytest
+import torch
 from resources import Facts, faults, launch_of, read, short
 
 RESOURCES = """\
@@ -64,6 +65,23 @@ def test_names():
     )
     assert short(hopper + "CUtensorMap_st)") == "matmul_hopper_kernel<f16, HopperTile<256>, true, false>"
     assert launch_of(short(hopper + "CUtensorMap_st)")) == (384, 196672)
+
+
+@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("float", torch.float32), ("bf16", torch.bfloat16), ("f16", torch.float16)]
+)
+def test_launches_of_attention(sim, name, dtype, size):
+    """The table says how the kernels are launched."""
+    q = torch.ones(1, 1, 3, size, dtype=dtype)
+    raw, options = torch.ops.fastformer_cuda, (0.0, None, False, 1.0, -1, -1)
+    output, lse = raw.scaled_dot_product_attention(q, q, q, None, *options)
+    raw.scaled_dot_product_attention_backward(q, q, q, q, None, output, lse, *options)
+    launches = {launch.kernel.split()[1].removeprefix("attention_"): launch for launch in sim.launches()}
+    for kernel in ("forward", "grad_key_value", "grad_query"):
+        launch = launches[kernel]
+        threads, shared_bytes = launch_of(f"attention::{kernel}_kernel<{name}, {size}>")
+        assert (launch.block[0], launch.shared_bytes) == (threads, shared_bytes), kernel
 
 
 BUDGET = {"registers": 128, "shared": 1024, "warps": 16, "instructions": ["HMMA"]}
