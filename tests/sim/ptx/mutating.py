@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -26,9 +27,9 @@ def attention() -> None:
     assert_close_to_reference(output, expected(q, k, v), expected(q.double(), k.double(), v.double()))
 
 
-def linear() -> None:
-    """Five steps: the last one, ragged, lies in the memory of the first."""
-    x, w = torch.randn(70, 152).to(F16), torch.randn(72, 152).to(F16) / 12
+def linear(depth: int = 152) -> None:
+    """Steps of 32: five, of which the last one, ragged, lies in the memory of the first."""
+    x, w = torch.randn(70, depth).to(F16), torch.randn(72, depth).to(F16) / depth**0.5
     expected = torch.nn.functional.linear
     assert_close_to_reference(ops.linear(x, w), expected(x, w), expected(x.double(), w.double()))
 
@@ -42,6 +43,7 @@ def layer_norm() -> None:
 CALLS = {
     "attention": (attention, r"forward_kernel"),
     "linear": (linear, r"matmul"),
+    "deep linear": (partial(linear, 600), r"matmul_hopper_kernel"),  # ten steps of 64
     "layer_norm": (layer_norm, r"forward_kernel"),
 }
 

@@ -65,7 +65,7 @@ def test_mutations(mutation):
 
 
 @pytest.mark.parametrize("source", ["cuda", "triton", "triton sm_90"])
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", ["attention", "linear", "layer_norm"])
 def test_without_a_mutation(source, call):
     with running(source)():
         CALLS[call][0]()
