@@ -84,6 +84,7 @@ struct DeltaArgs {
 
 // The launches, for each type compiled in a file of its own. They fill in `tiles`.
 template <class T> void forward(const OnDeviceOf& device, ForwardArgs args);
+template <class T> void forward_hopper(const OnDeviceOf& device, ForwardArgs args);  // of what hopper_takes
 template <class T> void combine(const OnDeviceOf& device, const CombineArgs& args);
 template <class T> void backward(const OnDeviceOf& device, const DeltaArgs& delta, BackwardArgs args);
 

@@ -40,6 +40,82 @@ __device__ __forceinline__ float row_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
+// Sums of the warp's rows (from first_row on, of `rows`) that are NaN, taken again without the hidden keys, whose 0 may
+// have met a value that is not finite. A row at a time by the whole warp: it is not often needed.
+template <class T, int kColumns, class P, class R>
+__device__ __forceinline__ void take_again(Accumulator<kColumns>& out, const float (&m)[2], const ForwardArgs& args,
+                                           bool masked, int sequence, int kv_head, Span keys, Band band, int begin,
+                                           int end, int first_column, int first_row, int rows, P position,
+                                           R row_pointer) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    bool is_nan = false;
+#pragma unroll
+    for (int j = 0; j < kColumns / 8; ++j) is_nan |= isnan(out[j][2 * half]) || isnan(out[j][2 * half + 1]);
+    uint32_t lanes = __ballot_sync(~0u, is_nan);
+#pragma unroll 1
+    for (int group = 0; group < 8; ++group, lanes >>= 4) {
+      const int row = first_row + group + 8 * half;
+      if (!(lanes & 15) || row >= rows) continue;
+      const bool own = lane() / 4 == group;
+      const Position p = position(row);
+      const int64_t mask_row = mask_offset(args.mask, sequence, p.head, p.row);
+      const float shift = finite_maximum(__shfl_sync(~0u, m[half], 4 * group));
+      const float scale = args.scale * kUnit<T>;
+      const T* const q = row_pointer(args.query, row);
+#pragma unroll
+      for (int j = 0; j < kColumns / 8; ++j)
+        if (own) out[j][2 * half] = out[j][2 * half + 1] = 0;
+#pragma unroll 1
+      for (int key = begin; key < end; ++key) {
+        const int64_t mask_key = mask_row + key * args.mask.stride_column;
+        if (!band.sees(p.row, key) || (masked && !mask_shows(args.mask, mask_key))) continue;
+        const T* const k = row_of<const T>(args.key, sequence, kv_head, keys.first + key);
+        const T* const v = row_of<const T>(args.value, sequence, kv_head, keys.first + key);
+        float score = 0;
+#pragma unroll 1
+        for (int c = lane(); c < args.head_dim; c += 32)
+          score += to_float(q[c * args.query.stride_column]) * to_float(k[c * args.key.stride_column]);
+        score = warp_sum(score) * scale;
+        if (masked && !args.mask.is_bool) score += mask_value<T>(args.mask, mask_key);
+        float probability = exponential<T>(score - shift);
+        if (args.dropout.threshold) {
+          uint32_t words[4];
+          philox(words, static_cast<uint64_t>(*args.dropout.seed), key / 64 * 16 + key % 16, p.row, p.head, sequence);
+          const int word = key / 16 % 4;
+          const uint32_t drawn = word < 2 ? (word ? words[1] : words[0]) : word == 2 ? words[2] : words[3];
+          if (drawn < args.dropout.threshold) probability = 0;
+        }
+        const int lane = ptx::opaque(attention::lane());  // or every column's address is kept in registers
+#pragma unroll
+        for (int j = 0; j < kColumns / 8; ++j)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const int column = first_column + column_of_element(j, i, lane);
+            if (own && column < args.value_dim)
+              out[j][2 * half + i] += probability * to_float(v[column * args.value.stride_column]);
+          }
+      }
+    }
+  }
+}
+
+// Divides by the sums, of which each lane has its share; m becomes the log-sum-exp.
+template <class T, int kColumns>
+__device__ __forceinline__ void normalize(Accumulator<kColumns>& out, float (&m)[2], const float (&l)[2],
+                                          float dropout_scale) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float sum = row_sum(l[half]), factor = sum == 0 ? 0 : dropout_scale / sum;
+#pragma unroll
+    for (int j = 0; j < kColumns / 8; ++j) {
+      out[j][2 * half] *= factor;
+      out[j][2 * half + 1] *= factor;
+    }
+    m[half] = log_sum_exp<T>(m[half], sum);
+  }
+}
+
 template <class T, int kSize>
 __global__ void __launch_bounds__(ForwardShape<T, kSize>::kThreads, 1) forward_kernel(const ForwardArgs args) {
   using Shape = ForwardShape<T, kSize>;
@@ -176,72 +252,14 @@ __global__ void __launch_bounds__(ForwardShape<T, kSize>::kThreads, 1) forward_k
   ptx::cp_async_wait<0>();  // where there was no tile: for the rows that others have copied here
   __syncthreads();
 
-  // A sum that is NaN is taken again without the hidden keys, whose 0 may have met a value that is not finite. A row at
-  // a time by the whole warp: it is not often needed.
+  take_again<T, kColumns>(out, m, args, masked, sequence, kv_head, keys, band, max(begin, columns.begin), columns.end,
+                          first_column, 16 * warp(), rows, position, row_pointer);
+  normalize<T, kColumns>(out, m, l, args.dropout.scale);
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    bool is_nan = false;
-#pragma unroll
-    for (int j = 0; j < kColumns / 8; ++j) is_nan |= isnan(out[j][2 * half]) || isnan(out[j][2 * half + 1]);
-    uint32_t lanes = __ballot_sync(~0u, is_nan);
-#pragma unroll 1
-    for (int group = 0; group < 8; ++group, lanes >>= 4) {
-      const int row = 16 * warp() + group + 8 * half;
-      if (!(lanes & 15) || row >= rows) continue;
-      const bool own = lane() / 4 == group;
-      const Position p = position(row);
-      const int64_t mask_row = mask_offset(args.mask, sequence, p.head, p.row);
-      const float shift = finite_maximum(__shfl_sync(~0u, m[half], 4 * group));
-      const T* const q = row_pointer(args.query, row);
-#pragma unroll
-      for (int j = 0; j < kColumns / 8; ++j)
-        if (own) out[j][2 * half] = out[j][2 * half + 1] = 0;
-#pragma unroll 1
-      for (int key = max(begin, columns.begin); key < columns.end; ++key) {
-        const int64_t mask_key = mask_row + key * args.mask.stride_column;
-        if (!band.sees(p.row, key) || (masked && !mask_shows(args.mask, mask_key))) continue;
-        const T* const k = row_of<const T>(args.key, sequence, kv_head, keys.first + key);
-        const T* const v = row_of<const T>(args.value, sequence, kv_head, keys.first + key);
-        float score = 0;
-#pragma unroll 1
-        for (int c = lane(); c < args.head_dim; c += 32)
-          score += to_float(q[c * args.query.stride_column]) * to_float(k[c * args.key.stride_column]);
-        score = warp_sum(score) * scale;
-        if (masked && !args.mask.is_bool) score += mask_value<T>(args.mask, mask_key);
-        float probability = exponential<T>(score - shift);
-        if (has_dropout) {
-          uint32_t words[4];
-          philox(words, static_cast<uint64_t>(*args.dropout.seed), key / 64 * 16 + key % 16, p.row, p.head, sequence);
-          const int word = key / 16 % 4;
-          const uint32_t drawn = word < 2 ? (word ? words[1] : words[0]) : word == 2 ? words[2] : words[3];
-          if (drawn < args.dropout.threshold) probability = 0;
-        }
-        const int lane = ptx::opaque(attention::lane());  // or every column's address is kept in registers
-#pragma unroll
-        for (int j = 0; j < kColumns / 8; ++j)
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const int column = first_column + column_of_element(j, i, lane);
-            if (own && column < args.value_dim)
-              out[j][2 * half + i] += probability * to_float(v[column * args.value.stride_column]);
-          }
-      }
-    }
-  }
-
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    l[half] = row_sum(l[half]);
-    const float factor = l[half] == 0 ? 0 : args.dropout.scale / l[half];
-#pragma unroll
-    for (int j = 0; j < kColumns / 8; ++j) {
-      out[j][2 * half] *= factor;
-      out[j][2 * half + 1] *= factor;
-    }
+  for (int half = 0; half < 2; ++half)
     if (first_column == 0 && lane() % 4 == 0 && 16 * warp() + row_of_element(2 * half) < rows)
       *(row_of(args.lse, sequence, at[half].head, queries.first + at[half].row) + part * args.part_stride_lse) =
-          log_sum_exp<T>(m[half], l[half]);
-  }
+          m[half];
   if (args.parts > 1) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

@@ -1,12 +1,12 @@
-// The matrix product of matmul_kernels.h for sm_90a and 16-bit types. A block computes a tile of 128 x 128 or 128 x 256.
-// One of its three warpgroups is the producer: a thread has TMA fetch steps of 64 of the depth, kStages ahead. The
+// The matrix product of matmul_kernels.h for sm_90a and 16-bit types. A block computes a tile of 128 x 128 or 128 x
+// 256. One of its three warpgroups is the producer: a thread has TMA fetch steps of 64 of the depth, kStages ahead. The
 // others are consumers of 64 rows each: wgmma multiplies what has come, the operands read from shared memory.
 //
 // Of each stage a barrier tells that it is full (all its bytes have come), another that it is empty (all consumer warps
 // have multiplied it). In the end the product goes through shared memory to the epilogue, in float32.
 //
-// An operand along the depth is one tile of rows of 64 elements of it; one along the count (M or N) is several tiles of 64
-// of the count, side by side, of 64 rows, one for each of the depth.
+// An operand along the depth is one tile of rows of 64 elements of it; one along the count (M or N) is several tiles of
+// 64 of the count, side by side, of 64 rows, one for each of the depth.
 
 #pragma once
 
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(3 * kWarpgroup, 1)
   const int consumer = __shfl_sync(~0u, thread / kWarpgroup, 0);
   const uint64_t a0 = ptx::wgmma_tile(shared + consumer * kSquare);
   const uint64_t b0 = ptx::wgmma_tile(shared + Tile::kABytes, kBDepth ? 0 : kSquare);
-  float d[Tile::kN / 2] = {};
+  float d[Tile::kN / 8][4] = {};
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     const int stage = step % kStages;
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(3 * kWarpgroup, 1)
     for (int half = 0; half < 2; ++half)
       store_shared(reinterpret_cast<Vector<float, 2>*>(tile + (warp * 16 + 8 * half + lane / 4) * Tile::kPitch + 8 * n +
                                                        lane % 4 * 2),
-                   Vector<float, 2>{d[4 * n + 2 * half], d[4 * n + 2 * half + 1]});
+                   Vector<float, 2>{d[n][2 * half], d[n][2 * half + 1]});
   ptx::barrier_sync(1, 2 * kWarpgroup);
   finish_tile<T, Tile>(args, tile, place, warp);
 }

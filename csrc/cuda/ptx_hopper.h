@@ -1,9 +1,9 @@
-// The instructions of sm_90a that ptx.h does not have: barriers in shared memory that count bytes, copies of tiles by the
-// tensor memory accelerator (TMA), products of a warpgroup (4 warps) that read shared memory by themselves. As in
+// The instructions of sm_90a that ptx.h does not have: barriers in shared memory that count bytes, copies of tiles by
+// the tensor memory accelerator (TMA), products of a warpgroup (4 warps) that read shared memory by themselves. As in
 // ptx.h, each stands beside what it does, for the simulator.
 //
-// Tiles in shared memory are rows of 128 bytes, aligned to 1024 bytes, whose chunks of 16 bytes are swapped: bits 4 to 6
-// of an address are xored with bits 7 to 9. TMA writes them so, and wgmma reads them so.
+// Tiles in shared memory are rows of 128 bytes, aligned to 1024 bytes, whose chunks of 16 bytes are swapped: bits 4 to
+// 6 of an address are xored with bits 7 to 9. TMA writes them so, and wgmma reads them so.
 #pragma once
 
 #include "ptx.h"
@@ -56,8 +56,8 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint64_t* barrier, int
   ::sim::mbarrier_arrive(barrier, bytes, where);
 #endif
 }
-// Waits for the end of the phase of that parity: the current one, or at once if it is the one before. Phase 0 has parity
-// 0; a new barrier lets parity 1 pass.
+// Waits for the end of the phase of that parity: the current one, or at once if it is the one before. Phase 0 has
+// parity 0; a new barrier lets parity 1 pass.
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, int parity SIM_WHERE) {
 #ifdef __CUDACC__
   uint32_t done = 0;
@@ -70,7 +70,7 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, int parity SIM_
 }
 
 // Copies the map's box at these places (x along what is adjacent) to `tile`, zeros for what is outside of the tensor;
-// `barrier` then counts the bytes of the whole box.
+// `barrier` then counts the bytes of the whole box. Of maps of 2 and of 4 dimensions.
 __device__ __forceinline__ void tma_load(void* tile, const TensorMap* map, uint64_t* barrier, int x, int y SIM_WHERE) {
 #ifdef __CUDACC__
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
@@ -79,19 +79,30 @@ __device__ __forceinline__ void tma_load(void* tile, const TensorMap* map, uint6
   ::sim::tensor_load(tile, *map, barrier, {x, y}, where);
 #endif
 }
+__device__ __forceinline__ void tma_load(void* tile, const TensorMap* map, uint64_t* barrier, int x, int y, int z,
+                                         int w SIM_WHERE) {
+#ifdef __CUDACC__
+  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+               "[%0], [%1, {%3, %4, %5, %6}], [%2];"
+               :: "r"(shared_address(tile)), "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z), "r"(w)
+               : "memory");
+#else
+  ::sim::tensor_load(tile, *map, barrier, {x, y, z, w}, where);
+#endif
+}
 
 // wgmma: products of a warpgroup, which run beside it. In front of them, after registers of theirs have changed: fence.
-// After some of them: commit. Then, until wgmma_wait, neither these registers nor the tiles in shared memory may change.
-// Naming the registers keeps the compiler from moving what it does to them across.
-template <int kSize> __device__ __forceinline__ void hold(float (&registers)[kSize]) {
+// After some of them: commit. Then, until wgmma_wait, neither these registers nor the tiles in shared memory may
+// change. Naming the registers keeps the compiler from moving what it does to them across.
+template <int kBlocks> __device__ __forceinline__ void hold(float (&registers)[kBlocks][4]) {
 #ifdef __CUDACC__
 #pragma unroll
-  for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(registers[i]) :: "memory");
+  for (int i = 0; i < 4 * kBlocks; ++i) asm volatile("" : "+f"(registers[i / 4][i % 4]) :: "memory");
 #else
   (void)registers;
 #endif
 }
-template <int kSize> __device__ __forceinline__ void wgmma_fence(float (&d)[kSize] SIM_WHERE) {
+template <int kBlocks> __device__ __forceinline__ void wgmma_fence(float (&d)[kBlocks][4] SIM_WHERE) {
   hold(d);
 #ifdef __CUDACC__
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -115,7 +126,7 @@ template <int kGroupsLeft> __device__ __forceinline__ void wgmma_wait(SIM_WHERE_
 #endif
 }
 // The same, after which d is read.
-template <int kGroupsLeft, int kSize> __device__ __forceinline__ void wgmma_wait(float (&d)[kSize] SIM_WHERE) {
+template <int kGroupsLeft, int kBlocks> __device__ __forceinline__ void wgmma_wait(float (&d)[kBlocks][4] SIM_WHERE) {
 #ifdef __CUDACC__
   wgmma_wait<kGroupsLeft>();
 #else
@@ -150,11 +161,10 @@ template <bool kDepthAdjacent> constexpr uint64_t kNextDepth = (kDepthAdjacent ?
          "%85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, "   \
          "%105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, "      \
          "%122, %123, %124, %125, %126, %127"
-#define FF_F8(i)                                                                                             \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
-      "+f"(d[i + 7])
-#define FF_F32(i) FF_F8(i), FF_F8(i + 8), FF_F8(i + 16), FF_F8(i + 24)
-#define FF_F64(i) FF_F32(i), FF_F32(i + 32)
+#define FF_F4(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
+#define FF_F16(j) FF_F4(j), FF_F4(j + 1), FF_F4(j + 2), FF_F4(j + 3)
+#define FF_F32(j) FF_F16(j), FF_F16(j + 4)
+#define FF_F64(j) FF_F32(j), FF_F32(j + 8)
 #define FF_WGMMA(n, type, names, a, b, accumulates, by_count_a, by_count_b, ...)                            \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #accumulates ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n      \
                "k16.f32." #type "." #type " {" names "}, %" #a ", %" #b ", p, 1, 1, %" #by_count_a ", %" #by_count_b \
@@ -162,24 +172,48 @@ template <bool kDepthAdjacent> constexpr uint64_t kNextDepth = (kDepthAdjacent ?
                : __VA_ARGS__                                                                                       \
                : "l"(a_tile), "l"(b_tile), "r"(static_cast<int>(accumulate)), "n"(!kADepth), "n"(!kBDepth)          \
                : "memory")
+#define FF_WGMMA_A(n, type, names, a_names, b, accumulates, by_count_b, ...)                                      \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #accumulates ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n      \
+               "k16.f32." #type "." #type " {" names "}, {" a_names "}, %" #b ", p, 1, 1, %" #by_count_b ";\n}"     \
+               : __VA_ARGS__                                                                                      \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_tile), "r"(1), "n"(!kBDepth)                    \
+               : "memory")
 #endif
 
-// d (64 x kN, float32) = a (64 x 16) b (kN x 16)^T, + d if `accumulate`; T = f16 or bf16. kADepth, kBDepth: are the rows
-// in shared memory along the depth (64 of it), or along M and N (64 of these)?
-// Warp w of the four, lane l: d[4 j + i] is in row 16 w + l / 4 (+ 8 for i = 2, 3), column 8 j + 2 (l % 4) + i % 2.
+// d (64 x kN, float32) = a (64 x 16) b (kN x 16)^T, + d if `accumulate`; T = f16 or bf16. kADepth, kBDepth: are the
+// rows in shared memory along the depth (64 of it), or along M and N (64 of these)?
+// Warp w of the four, lane l: d[j][i] is in row 16 w + l / 4 (+ 8 for i = 2, 3), column 8 j + 2 (l % 4) + i % 2.
 template <class T, int kN, bool kADepth, bool kBDepth>
-__device__ __forceinline__ void wgmma(float (&d)[kN / 2], uint64_t a_tile, uint64_t b_tile, bool accumulate SIM_WHERE) {
+__device__ __forceinline__ void wgmma(float (&d)[kN / 8][4], uint64_t a_tile, uint64_t b_tile,
+                                      bool accumulate SIM_WHERE) {
   constexpr bool kHalf = std::is_same_v<T, f16>;
   static_assert(kHalf || std::is_same_v<T, bf16>);
   static_assert(kN == 128 || kN == 256);
 #ifdef __CUDACC__
   if constexpr (kN == 128 && kHalf) FF_WGMMA(128, f16, FF_D64, 64, 65, 66, 67, 68, FF_F64(0));
   if constexpr (kN == 128 && !kHalf) FF_WGMMA(128, bf16, FF_D64, 64, 65, 66, 67, 68, FF_F64(0));
-  if constexpr (kN == 256 && kHalf) FF_WGMMA(256, f16, FF_D128, 128, 129, 130, 131, 132, FF_F64(0), FF_F64(64));
-  if constexpr (kN == 256 && !kHalf) FF_WGMMA(256, bf16, FF_D128, 128, 129, 130, 131, 132, FF_F64(0), FF_F64(64));
+  if constexpr (kN == 256 && kHalf) FF_WGMMA(256, f16, FF_D128, 128, 129, 130, 131, 132, FF_F64(0), FF_F64(16));
+  if constexpr (kN == 256 && !kHalf) FF_WGMMA(256, bf16, FF_D128, 128, 129, 130, 131, 132, FF_F64(0), FF_F64(16));
 #else
-  ::sim::wgmma({.half = kHalf, .n = kN, .accumulate = accumulate, .a = {a_tile, kADepth}, .b = {b_tile, kBDepth}}, d,
+  ::sim::wgmma({.half = kHalf, .n = kN, .accumulate = accumulate, .a = {a_tile, kADepth}, .b = {b_tile, kBDepth}}, d[0],
                nullptr, where);
+#endif
+}
+
+// d += a b^T of the same, kN = 64 or 128, with a in registers: of each warp its 16 rows, as for mma.m16n8k16. They may
+// not change until wgmma_wait, either.
+template <class T, int kN, bool kBDepth>
+__device__ __forceinline__ void wgmma(float (&d)[kN / 8][4], const uint32_t (&a)[4], uint64_t b_tile SIM_WHERE) {
+  constexpr bool kHalf = std::is_same_v<T, f16>;
+  static_assert(kHalf || std::is_same_v<T, bf16>);
+  static_assert(kN == 64 || kN == 128);
+#ifdef __CUDACC__
+  if constexpr (kN == 64 && kHalf) FF_WGMMA_A(64, f16, FF_D32, "%32, %33, %34, %35", 36, 37, 38, FF_F32(0));
+  if constexpr (kN == 64 && !kHalf) FF_WGMMA_A(64, bf16, FF_D32, "%32, %33, %34, %35", 36, 37, 38, FF_F32(0));
+  if constexpr (kN == 128 && kHalf) FF_WGMMA_A(128, f16, FF_D64, "%64, %65, %66, %67", 68, 69, 70, FF_F64(0));
+  if constexpr (kN == 128 && !kHalf) FF_WGMMA_A(128, bf16, FF_D64, "%64, %65, %66, %67", 68, 69, 70, FF_F64(0));
+#else
+  ::sim::wgmma({.half = kHalf, .n = kN, .accumulate = true, .a = {}, .b = {b_tile, kBDepth}}, d[0], a, where);
 #endif
 }
 

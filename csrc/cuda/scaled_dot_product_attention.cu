@@ -115,6 +115,20 @@ void plan(ForwardArgs& args) {
   args.parts = static_cast<int>(parts);
 }
 
+// Does the kernel for sm_90a take it? TMA wants rows that are aligned and no size of 0. Dropout, masks of each query's
+// own and queries so few that heads share a tile or blocks the keys are the other kernel's.
+bool hopper_takes(const ForwardArgs& args, DType dtype) {
+  const auto tma_takes = [&](const Input& x, int size, const Sequences& rows, int heads) {
+    const bool repeats = (rows.total > 1 && x.stride_row == 0) || (heads > 1 && x.stride_head == 0) ||
+                         (!rows.bounds && args.sequences > 1 && x.stride_sequence == 0);
+    return x.aligned && !repeats && size > 0 && size <= 128 && rows.total > 0 && heads > 0;
+  };
+  return dtype != DType::f32 && is_hopper() && args.mask.stride_row == 0 && args.dropout.threshold == 0 &&
+         args.stack == 1 && args.parts == 1 && tma_takes(args.query, args.head_dim, args.queries, args.heads) &&
+         tma_takes(args.key, args.head_dim, args.keys, args.kv_heads) &&
+         tma_takes(args.value, args.value_dim, args.keys, args.kv_heads);
+}
+
 // A call of the kernels that gives what the raw ops return.
 std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value,
                                    const std::optional<Tensor>& mask, const Options& options) {
@@ -133,6 +147,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
     args.lse.data = static_cast<float*>(part_lse->mutable_data_ptr());
   }
   with_type(query, [&]<class T>() {
+    if constexpr (!std::is_same_v<T, float>)
+      if (hopper_takes(args, dtype_of(query))) return forward_hopper<T>(device, args);
     forward<T>(device, args);
     if (args.parts == 1) return;
     combine<T>(device, {.count = lse.numel(), .parts = args.parts, .heads = args.heads,

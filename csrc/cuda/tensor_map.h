@@ -8,8 +8,8 @@
 
 namespace fastformer {
 
-// Of 16-bit elements, sizes and box beginning with what is adjacent, of which a box has 64; strides in bytes, of the other
-// dimensions. Data and strides are aligned to 16 bytes. Outside of the tensor it is zero.
+// Of 16-bit elements, sizes and box beginning with what is adjacent, of which a box has 64; strides in bytes, of the
+// other dimensions. Data and strides are aligned to 16 bytes. Outside of the tensor it is zero.
 template <class T>
 TensorMap tensor_map(const void* data, std::initializer_list<uint64_t> sizes, std::initializer_list<uint64_t> strides,
                      std::initializer_list<uint32_t> box) {
@@ -21,7 +21,7 @@ TensorMap tensor_map(const void* data, std::initializer_list<uint64_t> sizes, st
     const cudaError_t error =
         cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
     STD_TORCH_CHECK(error == cudaSuccess && found == cudaDriverEntryPointSuccess,
-                    "CUDA's driver has no cuTensorMapEncodeTiled: fastformer's kernels for Hopper want one of CUDA 12.0");
+                    "CUDA's driver has no cuTensorMapEncodeTiled: fastformer's kernels for Hopper want CUDA 12.0");
     return reinterpret_cast<Encode>(function);
   }();
   TensorMap map;

@@ -39,8 +39,8 @@ py::tuple tma_load(Array<uint16_t> matrix, int box_rows, int x, int y) {
   return py::make_tuple(before, after);
 }
 
-// a (64, 64) and b (kN, 64), or their transposes, of 16 bits; c (128, kN / 2) is what d begins with, or is left out of it.
-// Returns d (128, kN / 2).
+// a (64, 64) and b (kN, 64), or their transposes, of 16 bits; c (128, kN / 2) is what d begins with, or is left out of
+// it. Returns d (128, kN / 2).
 template <class T, int kN, bool kADepth, bool kBDepth>
 Array<float> wgmma(Array<uint16_t> a, Array<uint16_t> b, Array<float> c, bool accumulate) {
   Array<float> out({128, kN / 2});
@@ -59,8 +59,8 @@ Array<float> wgmma(Array<uint16_t> a, Array<uint16_t> b, Array<float> c, bool ac
     }
     __syncthreads();
     ptx::mbarrier_wait(barrier, 0);
-    float d[kN / 2];
-    std::copy_n(c.data(threadIdx.x, 0), kN / 2, d);
+    float d[kN / 8][4];
+    std::copy_n(c.data(threadIdx.x, 0), kN / 2, d[0]);
     const uint64_t a0 = ptx::wgmma_tile(shared), b0 = ptx::wgmma_tile(shared + kSquare, kBDepth ? 0 : kSquare);
     ptx::wgmma_fence(d);
     for (int k = 0; k < 4; ++k)
@@ -68,7 +68,7 @@ Array<float> wgmma(Array<uint16_t> a, Array<uint16_t> b, Array<float> c, bool ac
                                           accumulate || k > 0);
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>(d);
-    std::copy_n(d, kN / 2, out.mutable_data(threadIdx.x, 0));
+    std::copy_n(d[0], kN / 2, out.mutable_data(threadIdx.x, 0));
   });
   return out;
 }
@@ -115,7 +115,7 @@ Array<float> pipeline(const std::string& fault) {
       }
       return;
     }
-    float d[64] = {};
+    float d[16][4] = {};
     const int rounds = is("a stage is left unread") ? kRounds - 1 : kRounds;
     for (int round = 0; round < rounds; ++round) {
       const int stage = round % kStages, times = round / kStages;
@@ -129,9 +129,9 @@ Array<float> pipeline(const std::string& fault) {
       for (int k = 0; k < 4; ++k)
         ptx::wgmma<f16, 128, true, true>(d, a + k * ptx::kNextDepth<true>, b + k * ptx::kNextDepth<true>, true);
       if (!is("no commit")) ptx::wgmma_commit();
-      const float early = d[0];
+      const float early = d[0][0];
       if (!is("no wait before a stage is given back")) ptx::wgmma_wait<0>(d);
-      if (is("d is read before the wait")) d[0] = early;
+      if (is("d is read before the wait")) d[0][0] = early;
       if (is("a store where it is multiplied")) {
         ptx::wgmma_fence(d);
         ptx::wgmma<f16, 128, true, true>(d, a, b, true);
@@ -143,7 +143,7 @@ Array<float> pipeline(const std::string& fault) {
       if (is("an arrival more") && threadIdx.x == 0) ptx::mbarrier_arrive(empty + stage);
     }
     if (is("no wait before a stage is given back")) ptx::wgmma_wait<0>(d);
-    std::copy_n(d, 64, out.mutable_data(threadIdx.x, 0));
+    std::copy_n(d[0], 64, out.mutable_data(threadIdx.x, 0));
   });
   return out;
 }

@@ -23,6 +23,11 @@ ATTENTION_F32, ATTENTION_BF16 = (
     ("tests/sim/test_cuda_attention.py", "-k", f"(many_tiles or orders or Split) and {dtype}")
     for dtype in ("dtype0", "dtype1")
 )
+HOPPER_ATTENTION_BF16 = (
+    "tests/sim/test_cuda_attention_hopper.py",
+    "-k",
+    "(many_tiles or masks or not_finite or skipped) and not dtype1",
+)
 HIDDEN_BF16 = ("tests/sim/test_cuda_attention.py", "-k", "not_finite and dtype1 or masked_whole or bank")
 LARGE = ("tests/sim/test_cuda_large.py",)
 
@@ -152,8 +157,10 @@ MISTAKES = {
             "Kept* const from = kept_of_blocks + start / 64 % 2 * kRows", "Kept* const from = kept_of_blocks",
         ),
     },
-    (HIDDEN_BF16, "attention_bf16.cu", "attention_forward.h", "forward_kernel("): {
+    (HIDDEN_BF16, "attention_bf16.cu", "attention_forward.h", "void take_again("): {
         "a row that is NaN is not taken again": ("if (!(lanes & 15) || row >= rows) continue;", "continue;"),
+    },
+    (HIDDEN_BF16, "attention_bf16.cu", "attention_forward.h", "forward_kernel("): {
         "no barrier where there was no tile": (
             "// where there was no tile: for the rows that others have copied here\n  __syncthreads();", "",
         ),
@@ -161,6 +168,33 @@ MISTAKES = {
     (ATTENTION_BF16, "attention_bf16.cu", "attention_forward.h", "combine_kernel("): {
         "all parts weigh the same": ("weight = exponential<T>(x - finite_maximum(m))", "weight = 1"),
         "the log-sum-exp of the parts is that of the largest": ("log_sum_exp<T>(m, l)", "log_sum_exp<T>(m, 1)"),
+    },
+    (HOPPER_ATTENTION_BF16, "attention_hopper_bf16.cu", "attention_hopper.h", "forward_hopper_kernel("): {
+        "a stage is filled before it is empty": (
+            "ptx::mbarrier_wait(pipeline.empty(step, kind), pipeline.parity(step) ^ 1);", "",
+        ),
+        "keys are multiplied before they have come": (
+            "    ptx::mbarrier_wait(pipeline.full(step, 0), pipeline.parity(step));\n", "",
+        ),
+        "values are multiplied before they have come": (
+            "    ptx::mbarrier_wait(pipeline.full(step, 1), pipeline.parity(step));\n", "",
+        ),
+        "queries are multiplied before they have come": (
+            "if (steps > 0) ptx::mbarrier_wait(pipeline.barriers, 0);", "",
+        ),
+        "a lane is ahead of its warp": ("    __syncwarp();  // all lanes have seen that it is full\n", ""),
+        "scores are read before they are there": ("ptx::wgmma_wait<0>(p);", ""),
+        "the output is rescaled before it is there": ("ptx::wgmma_wait<0>(out);", "ptx::wgmma_wait<1>(out);"),
+        "the registers of the output are not fenced": ("      ptx::wgmma_fence(out);\n", ""),
+        "the second half of a head is the first": ("i / 4 * (Shape::kSquares / 16) + ", ""),
+        "both consumers have the same queries": ("memory + consumer * 64 * 128", "memory"),
+        "the output keeps its old maximum": ("out[j][2 * half] *= rescale;", ""),
+        "the last key is hidden": ("row + band.highest + 1, end) - start", "row + band.highest, end) - start"),
+        "a mask with holes has none": ("      if (masked) {\n", "      if (false) {\n"),
+        "the output is written before the queries are read": (
+            "ptx::barrier_sync(1, 2 * kWarpgroup);  // nobody reads queries any more", "",
+        ),
+        "a consumer multiplies what it does not see": ("start >= seen.begin && start < seen.end", "true"),
     },
     (ATTENTION_BF16, "attention_bf16.cu", "attention_visible.h", "struct Band {"): {
         "the last diagonal is hidden": ("key - query <= highest", "key - query < highest"),

@@ -40,6 +40,8 @@ LAUNCHES = {
     r"attention::forward_kernel<b?f16, 64>": (128, 41984),
     r"attention::forward_kernel<b?f16, 128>": (128, 50176),
     r"attention::forward_kernel<b?f16, 256>": (128, 58368),
+    r"attention::forward_hopper_kernel<b?f16, 64>": (384, 81992),
+    r"attention::forward_hopper_kernel<b?f16, 128>": (384, 163912),
     r"attention::grad_key_value_kernel<float, 64>": (128, 76800),
     r"attention::grad_key_value_kernel<float, 128>": (128, 84224),
     r"attention::grad_key_value_kernel<float, 256>": (64, 99584),

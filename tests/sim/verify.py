@@ -18,9 +18,10 @@ OPS = ("scaled_dot_product_attention", "varlen_attn", "layer_norm", "add_layer_n
 OP_TESTS = [f"tests/ops/test_{op}.py" for op in OPS] + ["tests/ops/test_attention_masks.py"]
 SIM_TESTS = ["tests/sim", "--ignore=tests/sim/ptx"]
 KERNEL_TESTS = [
-    f"tests/sim/test_cuda_{kernels}.py" for kernels in ("attention", "matmul", "matmul_hopper", "layer_norm")
+    f"tests/sim/test_cuda_{kernels}.py"
+    for kernels in ("attention", "attention_hopper", "matmul", "matmul_hopper", "layer_norm")
 ]
-HOPPER_TESTS = ["tests/ops/test_linear.py", "tests/ops/test_feed_forward.py"]
+HOPPER_TESTS = [test for test in OP_TESTS if "layer_norm" not in test]
 SUBSET = "sizes or narrow or accuracy or layouts or residual_of_another_dtype or sequence_for_itself or grouped_query"
 FEW = "(many_tiles or orders_give or split_depth or SplitKeys or masked_whole or many_rows) and not dtype2"
 

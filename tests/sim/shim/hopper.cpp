@@ -346,7 +346,8 @@ TensorMap tensor_map(const void* data, std::initializer_list<uint64_t> sizes, st
   const auto need = [](bool good, const char* what) {
     if (!good) throw std::runtime_error(std::string("tensor map: ") + what);
   };
-  need(map.rank >= 2 && map.rank <= TensorMap::kMost && strides.size() + 1 == sizes.size() && box.size() == sizes.size(),
+  need(map.rank >= 2 && map.rank <= TensorMap::kMost && strides.size() + 1 == sizes.size() &&
+           box.size() == sizes.size(),
        "2 to 4 sizes, a box of as many, a stride less");
   need(reinterpret_cast<uintptr_t>(data) % 16 == 0, "the data is not aligned to 16 bytes");
   std::copy(sizes.begin(), sizes.end(), map.sizes);

@@ -1,5 +1,5 @@
-// What sm_90a has beside its threads: barriers that count bytes, the engine that copies tiles, products that run on their
-// own. csrc/cuda/ptx_hopper.h calls it. How it stands to the hardware: docs/sim.md.
+// What sm_90a has beside its threads: barriers that count bytes, the engine that copies tiles, products that run on
+// their own. csrc/cuda/ptx_hopper.h calls it. How it stands to the hardware: docs/sim.md.
 #pragma once
 
 #include <array>

@@ -1,0 +1,9 @@
+// The kernels of attention forward in float16 for sm_90a.
+
+#include "attention_hopper.h"
+
+namespace fastformer::attention {
+
+template void forward_hopper<f16>(const OnDeviceOf&, ForwardArgs);
+
+}  // namespace fastformer::attention
