@@ -194,7 +194,6 @@ MISTAKES = {
         "the output is written before the queries are read": (
             "ptx::barrier_sync(1, 2 * kWarpgroup);  // nobody reads queries any more", "",
         ),
-        "a consumer multiplies what it does not see": ("start >= seen.begin && start < seen.end", "true"),
     },
     (ATTENTION_BF16, "attention_bf16.cu", "attention_visible.h", "struct Band {"): {
         "the last diagonal is hidden": ("key - query <= highest", "key - query < highest"),
