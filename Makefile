@@ -48,9 +48,11 @@ build: $(READY)
 build-cuda: $(READY)
 	FASTFORMER_CUDA=1 $(BIN)/python setup.py --quiet build_ext --inplace
 
-# The CUDA kernels, compiled by g++, on a simulator under checks and sanitizers: docs/sim.md.
+# The CUDA kernels, compiled by g++, on a simulator under checks and sanitizers: docs/sim.md. Then, unless it is to be
+# --quick, what nvcc and Triton made of the kernels: docs/ptx.md.
 verify-gpu-kernels: build
 	$(BIN)/python tests/sim/verify.py $(ARGS)
+	$(if $(filter --quick,$(ARGS)),,$(BIN)/python -m pytest tests/sim/ptx)
 
 # The first time nvcc compiles for some minutes; what lacks nvcc or triton is skipped.
 ptx: build

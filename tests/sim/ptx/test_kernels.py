@@ -29,9 +29,12 @@ def marks(*chosen: str) -> list:
 
 
 OF_CUDA = [case for case in CASES if case != "linear_cross_entropy"]
-RUN = {  # on sm_90, CUDA has other kernels for products in 16 bits; Triton's for sm_100 are tcgen05, which is not known
+# On sm_90, CUDA has other kernels for products and attention's forward in 16 bits.
+OF_HOPPER = ["linear", "linear, ragged", "feed_forward", "attention", "attention, causal", "attention, ragged"]
+OF_HOPPER += ["attention, wide", "varlen_attn"]
+RUN = {  # Triton's kernels for sm_100 are tcgen05, which is not known
     "cuda": (OF_CUDA, DTYPES),
-    "cuda sm_90": (["linear", "linear, ragged", "feed_forward"], ["bfloat16", "float16"]),
+    "cuda sm_90": (OF_HOPPER, ["bfloat16", "float16"]),
     "triton": (CASES, DTYPES),
     "triton sm_90": (CASES, DTYPES),
     "triton sm_100": ([case for case in CASES if case.startswith(("layer_norm", "add_"))], DTYPES),
