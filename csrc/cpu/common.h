@@ -36,9 +36,10 @@ inline Tensor zeros(const std::vector<int64_t>& shape, ScalarType type) {
   Tensor tensor = empty(shape, type);
   return torch::stable::zero_(tensor);
 }
-// For large memory that nobody has written to yet: the first write to each page takes as long as the writing. The system
-// gives huge pages if it can and wants to.
-inline void advise_huge_pages(const Tensor& memory) {
+// For large memory that nobody has written to yet: the first write to each page takes as long as the writing, and what is
+// read from end to end, as a GPT's weights for each token, is read faster (bench/NOTES.md). The system gives huge pages if it
+// can and wants to.
+inline void use_huge_pages(Tensor memory) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kPage = 4096;
   const uintptr_t address = reinterpret_cast<uintptr_t>(memory.mutable_data_ptr()), offset = address % kPage;

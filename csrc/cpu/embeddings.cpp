@@ -113,7 +113,7 @@ Tensor gradient_of_table(const Tensor& table, const int64_t* ids, const Tensor& 
   for (int64_t i = 0; i < rows; ++i) order[next[ids[i]]++] = i;
 
   Tensor grad = empty({count, columns}, table.scalar_type());
-  if (grad.numel() * static_cast<int64_t>(grad.element_size()) >= kHugeTable) advise_huge_pages(grad);
+  if (grad.numel() * static_cast<int64_t>(grad.element_size()) >= kHugeTable) use_huge_pages(grad);
   const EmbeddingGradientArgs args = {
       .dtype = dtype_of(table), .columns = columns, .grad_rows = sums_grad.const_data_ptr(), .order = order.data(),
       .first = first.data(), .padding_idx = padding_idx, .grad_table = grad.mutable_data_ptr(),

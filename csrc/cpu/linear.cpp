@@ -1,6 +1,5 @@
 // linear: dropout(activation(input @ weight.T + bias)) + residual, on weights packed for the call or before it.
 
-#include <sys/mman.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -60,18 +59,6 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor grad_output, Tensor in
   const Tensor none = empty({0}, input.scalar_type());
   return {need_input ? input_gradient(grad, weight) : none,
           need_weight ? weight_gradient(grad, rows_of(input)) : none, need_bias ? bias_gradient(grad) : none};
-}
-
-// For memory that nobody has written to yet. Packed weights are read from end to end, for a token of a GPT at the memory's
-// speed, which huge pages raise (bench/NOTES.md). The system gives them if it can and wants to.
-void use_huge_pages(Tensor memory) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kPage = 4096;
-  const uintptr_t address = reinterpret_cast<uintptr_t>(memory.mutable_data_ptr());
-  const uintptr_t bytes = memory.numel() * memory.element_size(), begin = address / kPage * kPage;
-  const uintptr_t end = (address + bytes + kPage - 1) / kPage * kPage;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
 }
 
 // dtype: bfloat16 or float16 for panels of 16 bits; those of a weight in this dtype hold the same values.
