@@ -371,3 +371,16 @@ def test_without_the_library(tmp_path):
     text = run_python(WITHOUT_LIBRARY, tmp_path, os.environ | {"FASTFORMER_ISA": ""})
     assert text.startswith("fastformer.ops.layer_norm: backend 'cpu' was asked for and can't take this call")
     assert f"cpu: {tmp_path}/fastformer/libfastformer_cpu.so is not built" in text
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trained", [False, True])
+def test_who_multiplies_by_weights_that_are_not_packed(dtype, trained, monkeypatch, recorder):
+    """PyTorch; but a training step in float32 keeps less memory in the fused op, whose products are PyTorch's."""
+    monkeypatch.delenv("FASTFORMER_BACKEND", raising=False)
+    input, *weights = (torch.randn(*shape, dtype=dtype) for shape in ((4, 8), (16, 8), (8, 16)))
+    with torch.set_grad_enabled(trained), recorder:
+        ops.feed_forward(input, weights[0].requires_grad_(trained), None, weights[1], None)
+    fused = any(name.startswith("fastformer") for name in recorder.names())
+    assert fused == (trained and dtype == torch.float32)

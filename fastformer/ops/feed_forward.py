@@ -76,8 +76,9 @@ def feed_forward(
     check_probability(hidden_dropout_p=hidden_dropout_p, dropout_p=dropout_p)
     residual = broadcast_residual(residual, input.shape[:-1] + weight2.shape[:1])
     operands = input, weight1, bias1, weight2, bias2, residual
-    # In a training step both multiply by torch's products, but the fused op keeps no hidden activation.
-    faster = torch_is_faster(input, hidden_dropout_p, dropout_p) and not needs_grad(*operands)
+    # In a training step both multiply by torch's products, but the fused op, in float32, keeps no hidden activation.
+    keeps_less = needs_grad(*operands) and input.dtype.itemsize >= 4
+    faster = torch_is_faster(input, hidden_dropout_p, dropout_p) and not keeps_less
     options = activation, hidden_dropout_p > 0 or dropout_p > 0
     backend = backends.choose("feed_forward", *operands, torch_is_faster=faster, options=options)
     if backend == "torch":
