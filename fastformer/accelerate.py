@@ -13,7 +13,7 @@ from torch import nn
 
 from fastformer import integrations, library, packing
 from fastformer.integrations import fused
-from fastformer.integrations.fused import Fused
+from fastformer.integrations.fused import LOOKS_AT_PADDING, Fused
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -102,10 +102,11 @@ def accelerate(
             the model's dtype.
         unpad: on CPUs an encoder computes the real tokens of a padded batch only, in inference and in training; its
             last hidden states are 0 at padding, where the stock model has numbers without a meaning: a loss or a mean
-            that looks at them changes. Of dropout, the mask of the attention stays that of the padded batch (where
-            padding is behind the tokens), that of rows is drawn for the real tokens. The batch is computed as it is
-            where hooks on layers, output_hidden_states or output_attentions look inside, with gradient checkpointing,
-            FSDP2 around layers and torch.compile, and on GPUs, where finding the tokens would make the CPU wait.
+            that looks at them changes (models for question answering, a softmax over all positions, keep them). Of
+            dropout, the mask of the attention stays that of the padded batch (where padding is behind the tokens), that
+            of rows is drawn for the real tokens. The batch is computed as it is where hooks on layers,
+            output_hidden_states or output_attentions look inside, with gradient checkpointing, FSDP2 around layers and
+            torch.compile, and on GPUs, where finding the tokens would make the CPU wait.
         strict: raise if any layer would be left on its stock forward.
 
     Returns:
@@ -141,6 +142,7 @@ def accelerate(
     if len(left) == len(rows):
         reasons = dict.fromkeys(reason for row in left for reason in row.reasons)
         warnings.warn(f"fastformer.accelerate swapped nothing: {'; '.join(reasons)}", stacklevel=2)
+    keeps_padding = {inside for m in model.modules() if type(m) in LOOKS_AT_PADDING for inside in m.modules()}
     for candidate, row in zip(candidates, rows, strict=True):
         if not row.swapped and not row.reasons:
             candidate.module.__class__ = candidate.cls
@@ -148,7 +150,7 @@ def accelerate(
             if candidate.module._fastformer_weights != weights:
                 packing.drop(candidate.module)
                 candidate.module._fastformer_weights = weights
-            candidate.module._fastformer_unpad = unpad
+            candidate.module._fastformer_unpad = unpad and candidate.module not in keeps_padding
     return model
 
 

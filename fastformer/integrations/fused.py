@@ -294,11 +294,13 @@ def dropout_p(module: nn.Dropout) -> float:
 
 # What integrations know. Classes that are swapped wherever they are, but for the layer-norms that another one takes
 # along; classes such as nn.Linear, which are swapped only under a name inside of one class; classes that are not
-# swapped, with the reason; and subclasses of swapped classes that run on fused ops themselves.
+# swapped, with the reason; subclasses of swapped classes that run on fused ops themselves.
 SWAPS: dict[type[nn.Module], type[Fused]] = {}
 CHILDREN: dict[tuple[type[nn.Module], str], type[Fused]] = {}
 UNSUPPORTED: dict[type[nn.Module], str] = {}
 FUSED_ALREADY: set[type[nn.Module]] = set()
+# Models that hold all positions of a sequence against each other, padding too: they keep it.
+LOOKS_AT_PADDING: set[type[nn.Module]] = set()
 
 
 def fuse(stock: type[nn.Module], mixin: type[Fused]) -> type[Fused]:

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from transformers.models.bert import modeling_bert as stock
 
 from fastformer.integrations import embeddings, layers
-from fastformer.integrations.fused import CHILDREN, SWAPS, UNSUPPORTED, Fused, Path, fuse
+from fastformer.integrations.fused import CHILDREN, LOOKS_AT_PADDING, SWAPS, UNSUPPORTED, Fused, Path, fuse
 from fastformer.integrations.huggingface import (
     WANTS_WEIGHTS,
     attend,
@@ -178,3 +178,4 @@ SWAPS.update(
 CHILDREN[stock.BertEmbeddings, "LayerNorm"] = layers.FUSED_LAYER_NORM
 CHILDREN[stock.BertLMPredictionHead, "decoder"] = layers.FUSED_LINEAR
 UNSUPPORTED[stock.BertCrossAttention] = "cross-attention is not fused"
+LOOKS_AT_PADDING.add(stock.BertForQuestionAnswering)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from fastformer.integrations import embeddings, layers, torch_nn
-from fastformer.integrations.fused import CHILDREN, LINEARS, SWAPS, Fused, Path, fuse, weight_of
+from fastformer.integrations.fused import CHILDREN, LINEARS, LOOKS_AT_PADDING, SWAPS, Fused, Path, fuse, weight_of
 from fastformer.integrations.padding import leaves_padding_out
 from fastformer.integrations.stacks import infers_eagerly, stack_of
-from fastformer.models import bert, gpt, transformer
+from fastformer.models import bert, bert_heads, gpt, transformer
 from fastformer.models.generation import KeyValue, KeyValueCache, LayerCache
 from fastformer.models.layers import split_heads
 from fastformer.packing import is_hooked
@@ -256,3 +256,4 @@ CHILDREN[gpt.GptBlock, "ln_1"] = layers.FUSED_LAYER_NORM
 CHILDREN[gpt.GptModel, "ln_f"] = layers.FUSED_LAYER_NORM
 CHILDREN[gpt.GptLMHeadModel, "lm_head"] = layers.FUSED_LINEAR
 CHILDREN[transformer.TransformerForConditionalGeneration, "lm_head"] = layers.FUSED_LINEAR
+LOOKS_AT_PADDING.add(bert_heads.BertForQuestionAnswering)

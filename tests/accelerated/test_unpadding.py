@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from accelerated.small import LENGTHS, VOCABULARY, B, S, assert_agrees, bert, gradients, ids, padding
 from accuracy import assert_close_to_reference
 from torch import Tensor, nn
@@ -236,3 +237,18 @@ def test_training_on_nothing_but_padding(model):
     out.sum().backward()
     assert (out == 0).all()
     assert all((g == 0).all() for g in gradients(fused.encoder).values())
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("library_of", [transformers, models], ids=["transformers", "reference"])
+def test_question_answering_keeps_padding(library_of, training):
+    """The softmax over all positions, and so the loss, sees it."""
+
+    def results(m: nn.Module) -> dict[str, Tensor]:
+        answers = {"start_positions": torch.zeros(B, dtype=torch.long), "end_positions": LENGTHS - 1}
+        output = m.train(training)(input_ids=ids(), attention_mask=padding("right"), **answers)
+        output.loss.backward()
+        logits = {"start": output.start_logits.detach(), "end": output.end_logits.detach()}
+        return {"loss": output.loss.detach(), **logits, **gradients(m)}
+
+    assert_agrees(bert("BertForQuestionAnswering", library=library_of), results)
