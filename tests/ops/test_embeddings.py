@@ -4,12 +4,14 @@ import eager
 import pytest
 import torch
 from accuracy import assert_op_close, assert_strides_do_not_matter
-from tensors import DTYPES, FLOATS, LAYOUTS, randn
+from tensors import BACKEND, DTYPES, FLOATS, LAYOUTS, randn
 from torch import Tensor
 from torch.autograd import gradcheck
 
 import fastformer
-from fastformer import ops, reference
+from fastformer import backends, ops, reference
+
+pytestmark = pytest.mark.skipif(BACKEND not in backends.declared("embeddings"), reason=f"no {BACKEND} kernel")
 
 TABLES = ("word_embeddings", "position_embeddings", "token_type_embeddings")
 IDS = ("input_ids", "position_ids", "token_type_ids")
