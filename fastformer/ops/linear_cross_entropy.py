@@ -168,7 +168,9 @@ def _backward(ctx, grad_loss, *grads_of_what_is_saved):
         grads = raw(ctx.backend).linear_cross_entropy_backward(grad_loss, *ctx.saved_tensors, *options, *needs)
     else:
         needs, grads = ctx.computed, ctx.saved_tensors
-        if not (type(grad_loss) is Tensor and grad_loss.is_cpu and grad_loss == 1):
+        # A copy, for whoever gets them may add to them; but the last backward may give away what is kept.
+        is_last = not torch._C._autograd._get_current_graph_task_keep_graph()
+        if not (is_last and type(grad_loss) is Tensor and grad_loss.is_cpu and grad_loss == 1):
             grads = (grad * grad_loss for grad in grads)
     grad_input, grad_weight, grad_bias = (
         grad.to(dtype) if need else None for grad, dtype, need in zip(grads, ctx.dtypes, needs, strict=True)

@@ -442,3 +442,21 @@ def test_errors(raises_before_anything_runs, arguments, options, error, message)
 def test_strict_names_the_op():
     with fastformer.backend("cuda", strict=True), pytest.raises(NotImplementedError, match="linear_cross_entropy"):
         ops.linear_cross_entropy(X, W, T)
+
+
+def test_backward_again():
+    """Each adds the same gradient, whatever is done in between to what the one before gave."""
+    tensors = {
+        name: randn(*shape).requires_grad_() for name, shape in (("input", (6, 16)), ("linear_weight", (50, 16)))
+    }
+    loss = ops.linear_cross_entropy(**tensors, target=torch.arange(6))
+    expected = torch.autograd.grad(loss, tensors.values(), retain_graph=True)
+    for times in (1, 2, 3):
+        loss.backward(retain_graph=True)
+        for x, grad in zip(tensors.values(), expected, strict=True):
+            torch.testing.assert_close(x.grad, times * grad)
+    for x in tensors.values():
+        x.grad.zero_()
+    loss.backward()
+    for x, grad in zip(tensors.values(), expected, strict=True):
+        torch.testing.assert_close(x.grad, grad)
