@@ -34,7 +34,7 @@ class FeedForward {
     first_.output_is_compute_type = second_.a_is_compute_type = true;
     first_.output_stride = second_.a_row_stride = hidden;
     second_.a_depth_stride = 1;
-    // Of rows whose hidden activation stays in L2; in 8 bits they take less time than the weights' way from memory.
+    // Of rows whose hidden activation stays in L2.
     const int64_t most = second.b_type == PanelType::int8 ? 256 : 192;
     blocks_ = ((rows + most - 1) / most + threads - 1) / threads * threads;
     if (threads > 1 && rows < blocks_ * most / 2) blocks_ = 0;
@@ -57,6 +57,7 @@ class FeedForward {
   int64_t hidden_bytes() const { return (first_.rows * row_bytes_ + 63) / 64 * 64; }
 
   void add_blocks(Phases& phases) const {
+    if (second_.b_type == PanelType::int8) return add_quantized_blocks(phases);
     const int64_t rows = first_.rows, blocks = blocks_, block_rows = (rows + blocks - 1) / blocks;
     const int64_t row_bytes = row_bytes_, block_bytes = (block_rows * row_bytes + 63) / 64 * 64;
     const int64_t work = std::max(serial_bytes(first_, block_rows), serial_bytes(second_, block_rows));
@@ -67,6 +68,36 @@ class FeedForward {
       mine2.a = mine1.output = memory - begin * row_bytes;  // rows count from the start of the tensor
       gemm_serial(mine1, begin, end, memory + block_bytes);
       gemm_serial(mine2, begin, end, memory + block_bytes);
+    });
+  }
+
+  // The hidden activation leaves the core in 8 bits: each group of it is quantized before the next is computed.
+  void add_quantized_blocks(Phases& phases) const {
+    const int64_t rows = first_.rows, hidden = first_.columns, blocks = blocks_, block_rows = (rows + blocks - 1) / blocks;
+    const int64_t group_stride = kQuantizedGroup + 16, group_bytes = (block_rows * group_stride * 4 + 63) / 64 * 64;
+    const int64_t hidden_bytes = (quantized_bytes(block_rows, hidden) + 63) / 64 * 64;
+    const int64_t bytes = group_bytes + hidden_bytes + serial_bytes(first_, block_rows);
+    phases.add(blocks, bytes, [=, first = first_, second = second_](int64_t block) {
+      const int64_t begin = rows * block / blocks, end = rows * (block + 1) / blocks;
+      char* memory = static_cast<char*>(scratch(bytes));
+      char* work = memory + group_bytes + hidden_bytes;
+      GemmArgs mine1 = first, mine2 = second;
+      if (wants_quantizing(first)) {
+        mine1.quantized = quantized_rows(work + product_of(first).scratch_bytes, begin, end - begin, first.depth);
+        quantize(mine1, begin, end);
+      }
+      mine1.output_stride = group_stride;
+      mine2.quantized = quantized_rows(memory + group_bytes, begin, end - begin, hidden);
+      const Product to_hidden = product_of(first), to_output = product_of(second);
+      constexpr int64_t kPanels = kQuantizedGroup / kQuantizedColumns;  // of a group
+      for (int64_t group = 0; group < quantized_groups(hidden); ++group) {
+        // rows and columns count from the start of the tensor
+        mine2.a = mine1.output = memory - (begin * group_stride + group * kQuantizedGroup) * 4;
+        mine2.a_row_stride = group_stride;
+        to_hidden.kernel(mine1, begin, end, group * kPanels, std::min(to_hidden.panels, (group + 1) * kPanels), work);
+        quantize(mine2, begin, end, group, group + 1);
+      }
+      to_output.kernel(mine2, begin, end, 0, to_output.panels, work);
     });
   }
 

@@ -73,22 +73,26 @@ inline Product product_of(const GemmArgs& args) {
   return {kernels().gemm, panels, kernels().gemm_scratch_bytes(args)};
 }
 
-// Memory for the quantized rows of a product: values, scales, zeros.
+// Memory for the quantized rows of a product: scales, zeros, values.
+inline int64_t quantized_scales(int64_t rows, int64_t depth) { return (rows * quantized_groups(depth) + 15) / 16 * 16; }
 inline int64_t quantized_bytes(int64_t rows, int64_t depth) {
-  return (rows + kQuantizedRowTile - 1) * quantized_stride(depth) + (rows + 15) / 16 * 16 * 8;
+  return (rows + kQuantizedRowTile - 1) * quantized_stride(depth) + quantized_scales(rows, depth) * 8;
 }
 // rows count from `first`
 inline QuantizedRows quantized_rows(void* memory, int64_t first, int64_t rows, int64_t depth) {
-  const int64_t stride = quantized_stride(depth);
+  const int64_t groups = quantized_groups(depth), scales = quantized_scales(rows, depth);
   float* scale = static_cast<float*>(memory);
-  int32_t* zero = reinterpret_cast<int32_t*>(scale + (rows + 15) / 16 * 16);
-  uint8_t* values = reinterpret_cast<uint8_t*>(zero + (rows + 15) / 16 * 16);
-  return {values - first * stride, scale - first, zero - first};
+  int32_t* zero = reinterpret_cast<int32_t*>(scale + scales);
+  uint8_t* values = reinterpret_cast<uint8_t*>(zero + scales);
+  return {values - first * quantized_stride(depth), scale - first * groups, zero - first * groups};
 }
-inline void quantize(const GemmArgs& args, int64_t row_begin, int64_t row_end) {
+inline void quantize(const GemmArgs& args, int64_t row_begin, int64_t row_end, int64_t group_begin, int64_t group_end) {
   kernels().quantize({.dtype = args.dtype, .depth = args.depth, .a = args.a, .a_row_stride = args.a_row_stride,
                       .a_is_compute_type = args.a_is_compute_type, .quantized = args.quantized},
-                     row_begin, row_end);
+                     row_begin, row_end, group_begin, group_end);
+}
+inline void quantize(const GemmArgs& args, int64_t row_begin, int64_t row_end) {
+  quantize(args, row_begin, row_end, 0, quantized_groups(args.depth));
 }
 inline bool wants_quantizing(const GemmArgs& args) {
   return args.b_type == PanelType::int8 && !args.quantized.values;

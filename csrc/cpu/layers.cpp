@@ -153,7 +153,7 @@ class Layers {
     const QuantizeArgs args = {.dtype = s_.dtype, .depth = s_.width, .a = output, .a_row_stride = s_.width,
                                .a_is_compute_type = false, .quantized = quantized_};
     return [=](int64_t begin, int64_t end) {
-      if (is_read) kernels().quantize(args, begin, end);
+      if (is_read) kernels().quantize(args, begin, end, 0, quantized_groups(args.depth));
     };
   }
   LayerNormArgs norm_of(const void* input, int64_t stride, const void* weight, const void* bias, void* output) const {
@@ -267,7 +267,7 @@ AttentionMask mask_of(const std::optional<Tensor>& mask) {
 std::vector<Part> parts_of(const AttentionArgs& a, int64_t rows, PanelType panels) {
   constexpr int64_t kLeast = 96;  // rows for which it pays to read the weights
   // Rows that stay in cache; but products in 8 bits are so fast that it is worse to read the weights again and again.
-  const int64_t most = panels == PanelType::int8 ? 1024 : 192;
+  const int64_t most = panels == PanelType::int8 ? 512 : 192;
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t count = (rows + threads * most - 1) / (threads * most) * threads;
   if (a.sequences < count || rows < count * kLeast || a.queries > most || count == 1) return {{0, a.sequences, 0, rows}};

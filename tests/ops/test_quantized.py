@@ -11,11 +11,17 @@ pytestmark = pytest.mark.cpu_only
 raw = torch.ops.fastformer_cpu
 ACTIVATIONS = (None, "gelu", "gelu_tanh", "relu", "silu")
 # rows, in, out: one and many tiles, blocks and panels, with and without a rest
-SIZES = [(1, 1, 1), (7, 17, 15), (6, 65, 64), (17, 128, 130), (33, 600, 70), (200, 1100, 65)]
+SIZES = [(1, 1, 1), (7, 17, 15), (6, 65, 64), (17, 128, 130), (33, 600, 70), (200, 1100, 65), (300, 3000, 33)]
+GROUP = 768  # depths with a scale and a zero of their own
 
 
 def quantized_rows(x: Tensor) -> Tensor:
-    """x as its 8 bits see it, in float64: scale * (value - zero), with 0 among the values."""
+    """x as its 8 bits see it, in float64."""
+    return torch.cat([quantized_group(group) for group in x.split(GROUP, -1)], -1)
+
+
+def quantized_group(x: Tensor) -> Tensor:
+    """scale * (value - zero), with 0 among the values."""
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     inverse = torch.where(high > low, 255 / (high - low), 0)
     zero = (-low * inverse).round()
@@ -73,13 +79,14 @@ def test_rows_do_not_depend_on_one_another(int8_isa):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("rows", [1, 33, 250])
-def test_feed_forward(int8_isa, threads, dtype, rows):
-    """As two products, the hidden activation in float between them."""
+@pytest.mark.parametrize("features", [70, 1540])
+def test_feed_forward(int8_isa, threads, dtype, rows, features):
+    """As two products, the hidden activation in float between them: whole, or in groups."""
     input, residual = randn(rows, 20, dtype=dtype), randn(rows, 24, dtype=dtype)
-    weights, biases = (randn(70, 20, dtype=dtype), randn(24, 70, dtype=dtype)), (randn(70), randn(24))
+    weights, biases = (randn(features, 20, dtype=dtype), randn(24, features, dtype=dtype)), (randn(features), randn(24))
     first, second = (raw.quantize_weight(weight) for weight in weights)
-    output = raw.packed_feed_forward(input, first, 70, biases[0], second, 24, biases[1], "gelu", residual)
-    hidden = raw.packed_linear(input.float(), first, 70, biases[0], "gelu", None)
+    output = raw.packed_feed_forward(input, first, features, biases[0], second, 24, biases[1], "gelu", residual)
+    hidden = raw.packed_linear(input.float(), first, features, biases[0], "gelu", None)
     expected = raw.packed_linear(hidden, second, 24, biases[1], None, residual.float())
     assert torch.equal(output, expected.to(dtype))
 

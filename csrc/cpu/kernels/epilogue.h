@@ -1,4 +1,4 @@
-// What matrix products share: what they do with their sums before they store them, and what they prefetch.
+// What matrix products do with their sums before they store them.
 #pragma once
 
 #include "lanes.h"
@@ -66,15 +66,6 @@ static void epilogue(const GemmArgs& g, int64_t row, int64_t column, int width, 
     case Activation::silu: return epilogue_row<T, Activation::silu>(g, row, column, width, acc, streams);
     case Activation::none: return epilogue_row<T, Activation::none>(g, row, column, width, acc, streams);
   }
-}
-
-// Brings the lines that the epilogue of these rows will write, while their sums are still computed.
-template <class T>
-FF_INLINE void prefetch_output(const GemmArgs& g, int64_t begin, int64_t end, int64_t column, int width) {
-  const int64_t size = g.output_is_compute_type ? sizeof(compute_t<T>) : sizeof(T);
-  for (int64_t i = begin; i < end; ++i)
-    for (int64_t byte = 0; byte < width * size; byte += 64)
-      __builtin_prefetch((char*)g.output + (i * g.output_stride + column) * size + byte, 1, 3);
 }
 
 }  // namespace fastformer::FASTFORMER_ISA

@@ -67,9 +67,9 @@ struct EmbeddingGradientArgs {
   void* grad_table;     // contiguous
 };
 
-// Rows in 8 bits: x = scale * (value - zero), each row with a scale and zero of its own. quantized_depth(depth) values a
-// row, those past the depth arbitrary, and a cache line, or many rows would share cache sets; memory for
-// kQuantizedRowTile - 1 more rows is there.
+// Rows in 8 bits: x = scale * (value - zero), each group of kQuantizedGroup depths of a row with a scale and a zero of its
+// own, (rows, groups). quantized_depth(depth) values a row, those past the depth arbitrary, and a cache line, or many rows
+// would share cache sets; memory for kQuantizedRowTile - 1 more rows is there.
 struct QuantizedRows {
   uint8_t* values = nullptr;
   float* scale;
@@ -78,11 +78,13 @@ struct QuantizedRows {
 constexpr int kQuantizedRowTile = 32;
 constexpr int64_t quantized_depth(int64_t depth) { return (depth + 63) / 64 * 64; }
 constexpr int64_t quantized_stride(int64_t depth) { return quantized_depth(depth) + 64; }
+constexpr int64_t kQuantizedGroup = 768;
+constexpr int64_t quantized_groups(int64_t depth) { return depth > 0 ? (depth + kQuantizedGroup - 1) / kQuantizedGroup : 1; }
 
 // A panel of quantized weights: w = scale * value, each of the kQuantizedColumns columns with a scale of its own.
 //   int8  value[quantized_depth / 64][kQuantizedColumns / 16][16][16][4]   zero padded: see quantized_offset
 //   float scale[kQuantizedColumns]
-//   int32 sum[kQuantizedColumns]                             of the column's values
+//   int32 sum[quantized_groups][kQuantizedColumns]           of the column's values in each group
 //   float sample[kQuantizedColumns]                          w at depth sampled_depth(column): see is_packed
 constexpr int64_t kQuantizedColumns = 64;
 // Blocks of 64 depths x 16 columns, as AMX takes them; in them four depths of a column side by side.
@@ -90,7 +92,9 @@ constexpr int64_t quantized_offset(int64_t k, int64_t column) {
   return k / 64 * 64 * kQuantizedColumns + column / 16 * 1024 + k % 64 / 4 * 64 + column % 16 * 4 + k % 4;
 }
 constexpr int64_t kQuantizedMaxDepth = 65536;  // sums of products of 255 and 127 fit into 32 bits
-constexpr int64_t quantized_panel_bytes(int64_t depth) { return (quantized_depth(depth) + 12) * kQuantizedColumns; }
+constexpr int64_t quantized_panel_bytes(int64_t depth) {
+  return (quantized_depth(depth) + 4 * (quantized_groups(depth) + 2)) * kQuantizedColumns;
+}
 constexpr int64_t sampled_depth(int64_t column, int64_t depth) { return depth * (7 * column % 16) / 16; }
 
 // What the panels of packed weights hold: the compute type, 16 bits that are widened on the way, or QuantizedRows' peer.
@@ -212,7 +216,8 @@ using GemmKernel = void(const GemmArgs&, int64_t row_begin, int64_t row_end, int
 using GemmScratchKernel = int64_t(const GemmArgs&);
 // What follows a product, for sums (rows, columns) of the compute type; they may lie where the output or pre_activation does.
 using EpilogueKernel = void(const GemmArgs&, int64_t row_begin, int64_t row_end, const void* sums);
-using QuantizeKernel = void(const QuantizeArgs&, int64_t row_begin, int64_t row_end);
+using QuantizeKernel = void(const QuantizeArgs&, int64_t row_begin, int64_t row_end, int64_t group_begin,
+                            int64_t group_end);
 using ActivationKernel = void(const ActivationArgs&, int64_t row_begin, int64_t row_end);
 using ColumnSumsKernel = void(const ColumnSumsArgs&, int64_t column_begin, int64_t column_end);
 using GatherRowsKernel = void(const GatherRowsArgs&, int64_t begin, int64_t end);

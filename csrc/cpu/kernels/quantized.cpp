@@ -18,43 +18,46 @@ typedef uint8_t LaneBytes __attribute__((vector_size(kVecBytes / 4)));
 
 constexpr float kSmallest = 0x1p-110f;  // of a row's or a column's largest value, else it counts as 0
 
-template <class T> static void quantize_rows(const QuantizeArgs& q, int64_t row_begin, int64_t row_end) {
-  const int64_t stride = quantized_stride(q.depth);
-  for (int64_t row = row_begin; row < row_end; ++row) {
-    const T* x = (const T*)q.a + row * q.a_row_stride;
-    Vec<float> low[4] = {}, high[4] = {}, bad[4] = {};
-    for_columns_in_turn<float>(q.depth, [&](int64_t k, int lanes, int i) {
-      const Vec<float> v = load_lanes(x + k, lanes);
-      low[i] = v < low[i] ? v : low[i];
-      high[i] = v > high[i] ? v : high[i];
-      bad[i] += v * 0.0f;  // NaN, also of an infinity
-    });
-    for (int i = 1; i < 4; ++i) {
-      low[0] = low[i] < low[0] ? low[i] : low[0];
-      high[0] = high[i] > high[0] ? high[i] : high[0];
+template <class T>
+static void quantize_rows(const QuantizeArgs& q, int64_t row_begin, int64_t row_end, int64_t group_begin, int64_t group_end) {
+  const int64_t groups = quantized_groups(q.depth);
+  for (int64_t row = row_begin; row < row_end; ++row)
+    for (int64_t group = group_begin; group < group_end; ++group) {
+      const int64_t begin = group * kQuantizedGroup, depth = min(kQuantizedGroup, q.depth - begin);
+      const T* x = (const T*)q.a + row * q.a_row_stride + begin;
+      Vec<float> low[4] = {}, high[4] = {}, bad[4] = {};
+      for_columns_in_turn<float>(depth, [&](int64_t k, int lanes, int i) {
+        const Vec<float> v = load_lanes(x + k, lanes);
+        low[i] = v < low[i] ? v : low[i];
+        high[i] = v > high[i] ? v : high[i];
+        bad[i] += v * 0.0f;  // NaN, also of an infinity
+      });
+      for (int i = 1; i < 4; ++i) {
+        low[0] = low[i] < low[0] ? low[i] : low[0];
+        high[0] = high[i] > high[0] ? high[i] : high[0];
+      }
+      const float smallest = -largest<float>(-low[0]), range = largest<float>(high[0]) - smallest;
+      const float inverse = range >= kSmallest && range < __builtin_inff() ? 255 / range : 0;
+      const int32_t zero = scale_and_round(splat<float>(-smallest), inverse, 0)[0];
+      q.quantized.scale[row * groups + group] = range / 255 + sum_in_turn<float>(bad);
+      q.quantized.zero[row * groups + group] = zero;
+      uint8_t* out = q.quantized.values + row * quantized_stride(q.depth) + begin;
+      for_columns<float>(depth, [&](int64_t k, int lanes) {
+        Vec<int32_t> value = scale_and_round(load_lanes(x + k, lanes), inverse, float(zero));
+        value = value < 0 ? Vec<int32_t>{} : value;
+        value = value > 255 ? Vec<int32_t>{} + 255 : value;
+        const LaneBytes bytes = __builtin_convertvector(value, LaneBytes);
+        memcpy(out + k, &bytes, size_t(lanes));
+      });
     }
-    const float smallest = -largest<float>(-low[0]), range = largest<float>(high[0]) - smallest;
-    const float inverse = range >= kSmallest && range < __builtin_inff() ? 255 / range : 0;
-    const int32_t zero = scale_and_round(splat<float>(-smallest), inverse, 0)[0];
-    q.quantized.scale[row] = range / 255 + sum_in_turn<float>(bad);
-    q.quantized.zero[row] = zero;
-    uint8_t* out = q.quantized.values + row * stride;
-    for_columns<float>(q.depth, [&](int64_t k, int lanes) {
-      Vec<int32_t> value = scale_and_round(load_lanes(x + k, lanes), inverse, float(zero));
-      value = value < 0 ? Vec<int32_t>{} : value;
-      value = value > 255 ? Vec<int32_t>{} + 255 : value;
-      const LaneBytes bytes = __builtin_convertvector(value, LaneBytes);
-      memcpy(out + k, &bytes, size_t(lanes));
-    });
-  }
 }
 
-void quantize(const QuantizeArgs& q, int64_t row_begin, int64_t row_end) {
-  if (q.a_is_compute_type) return quantize_rows<float>(q, row_begin, row_end);
+void quantize(const QuantizeArgs& q, int64_t row_begin, int64_t row_end, int64_t group_begin, int64_t group_end) {
+  if (q.a_is_compute_type) return quantize_rows<float>(q, row_begin, row_end, group_begin, group_end);
   switch (q.dtype) {
-    case DType::bf16: return quantize_rows<bf16>(q, row_begin, row_end);
-    case DType::f16: return quantize_rows<f16>(q, row_begin, row_end);
-    default: return quantize_rows<float>(q, row_begin, row_end);
+    case DType::bf16: return quantize_rows<bf16>(q, row_begin, row_end, group_begin, group_end);
+    case DType::f16: return quantize_rows<f16>(q, row_begin, row_end, group_begin, group_end);
+    default: return quantize_rows<float>(q, row_begin, row_end, group_begin, group_end);
   }
 }
 
@@ -66,7 +69,7 @@ template <class T> static void pack_quantized_panels(const PackArgs& a, int64_t 
     memset((void*)out, 0, size_t(bytes));
     float* scales = (float*)(out + depth * kW);
     int32_t* sums = (int32_t*)(scales + kW);
-    float* samples = (float*)(sums + kW);
+    float* samples = (float*)(sums + quantized_groups(a.depth) * kW);
     for (int64_t c = 0; c < min(kW, a.columns - p * kW); ++c) {
       const int64_t column = p * kW + c;
       const T* b = (const T*)a.b + column * a.b_column_stride;
@@ -82,7 +85,7 @@ template <class T> static void pack_quantized_panels(const PackArgs& a, int64_t 
         const float w = to_compute(b[k * a.b_depth_stride]);
         const int32_t value = min(127, max(-127, int32_t(__builtin_rintf(w * inverse))));
         out[quantized_offset(k, c)] = int8_t(value);
-        sums[c] += value;
+        sums[k / kQuantizedGroup * kW + c] += value;
       }
       scales[c] = magnitude / 127 + bad;
       if (a.depth > 0) samples[c] = to_compute(b[sampled_depth(column, a.depth) * a.b_depth_stride]);
@@ -95,6 +98,66 @@ void pack_quantized(const PackArgs& a, int64_t panel_begin, int64_t panel_end) {
     case DType::bf16: return pack_quantized_panels<bf16>(a, panel_begin, panel_end);
     case DType::f16: return pack_quantized_panels<f16>(a, panel_begin, panel_end);
     default: return pack_quantized_panels<float>(a, panel_begin, panel_end);
+  }
+}
+
+// Exact sums (rows, COLUMNS) of one group are added to the totals; those of the last one go to the output. `scales`, and
+// behind them in the panel the sums of its weights, are those of the first column.
+template <class T, Activation ACTIVATION, int COLUMNS>
+static void finish_rows(const GemmArgs& g, int64_t begin, int64_t end, int64_t group, int64_t column, const float* scales,
+                        const int32_t* sums, float* totals) {
+  constexpr int kVecs = COLUMNS / kLanes<float>;
+  const int64_t groups = quantized_groups(g.depth);
+  const bool last = group + 1 == groups;
+  Vec<int32_t> weight_sums[kVecs];
+  Vec<float> weight_scales[kVecs], bias[kVecs] = {};
+  int lanes[kVecs];
+#pragma GCC unroll 4
+  for (int j = 0; j < kVecs; ++j) {
+    const int c = j * kLanes<float>;
+    lanes[j] = int(max<int64_t>(0, min<int64_t>(kLanes<float>, g.columns - column - c)));
+    memcpy(&weight_sums[j], scales + (1 + group) * kQuantizedColumns + c, sizeof(weight_sums[j]));
+    weight_scales[j] = load(scales + c);
+    if (g.bias) bias[j] = load_lanes((const float*)g.bias + column + c, lanes[j]);
+  }
+  for (int64_t row = begin; row < end; ++row, sums += COLUMNS, totals += COLUMNS) {
+    const float scale = g.quantized.scale[row * groups + group];
+    const int32_t zero = g.quantized.zero[row * groups + group];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; ++j) {
+      const int c = j * kLanes<float>;
+      Vec<int32_t> sum;
+      memcpy(&sum, sums + c, sizeof(sum));
+      Vec<float> v = __builtin_convertvector(sum - zero * weight_sums[j], Vec<float>) * (scale * weight_scales[j]);
+#if defined(__x86_64__)
+      asm("" : "+v"(v));  // no fused multiply-add with what follows: the same on every instruction set
+#endif
+      if (group > 0) v += load(totals + c);
+      if (!last) {
+        store(totals + c, v);
+        continue;
+      }
+      v = activate<float>(ACTIVATION, v + bias[j]);
+      if (g.residual) v += load_lanes((const T*)g.residual + row * g.residual_stride + column + c, lanes[j]);
+      const int64_t to = row * g.output_stride + column + c;
+      g.output_is_compute_type ? store_lanes((float*)g.output + to, v, lanes[j])
+                               : store_lanes((T*)g.output + to, v, lanes[j]);
+    }
+  }
+}
+
+template <class T, int COLUMNS>
+static void finish(const GemmArgs& g, int64_t begin, int64_t end, int64_t group, int64_t column, const float* scales,
+                   const int32_t* sums, float* totals) {
+  const auto rows = [&]<Activation ACTIVATION>() {
+    finish_rows<T, ACTIVATION, COLUMNS>(g, begin, end, group, column, scales, sums, totals);
+  };
+  switch (g.activation) {
+    case Activation::gelu: return rows.template operator()<Activation::gelu>();
+    case Activation::gelu_tanh: return rows.template operator()<Activation::gelu_tanh>();
+    case Activation::relu: return rows.template operator()<Activation::relu>();
+    case Activation::silu: return rows.template operator()<Activation::silu>();
+    case Activation::none: return rows.template operator()<Activation::none>();
   }
 }
 
@@ -119,10 +182,11 @@ template <int64_t BLOCK, int64_t FEW, class Product>
 static void product(const GemmArgs& g, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end,
                     void* scratch, Product panel_product) {
   constexpr int64_t kW = kQuantizedColumns;
-  const int64_t depth = quantized_depth(g.depth), stride = quantized_stride(g.depth);
+  const int64_t depth = quantized_depth(g.depth), stride = quantized_stride(g.depth), groups = quantized_groups(g.depth);
   const int64_t bytes = quantized_panel_bytes(g.depth);
   const int64_t blocks = (row_end - row_begin + kRows - 1) / kRows;
   int32_t* sums = (int32_t*)scratch;
+  float* totals = (float*)(sums + (kRows + kQuantizedRowTile) * kW);
   dispatch(g.dtype, [&]<class T>() {
     if constexpr (!__is_same(T, double))
       for (int64_t block = 0; block < blocks; ++block) {
@@ -130,31 +194,17 @@ static void product(const GemmArgs& g, int64_t row_begin, int64_t row_end, int64
         const int64_t m1 = row_begin + (row_end - row_begin) * (block + 1) / blocks;
         for (int64_t p = panel_begin; p < panel_end; ++p) {
           const int8_t* b = (const int8_t*)g.b + p * bytes;
-          const int width = int(min(kW, g.columns - p * kW));
-          if (depth == 0) memset((void*)sums, 0, size_t(m1 - m0) * kW * sizeof(int32_t));
-          const int64_t step = m1 - m0 <= FEW ? depth : BLOCK;
-          for (int64_t k = 0; k < depth; k += step) {
-            const int64_t end = min(depth, k + step);
-            if (end == depth) prefetch_output<T>(g, m0, min(m1, m0 + 8), p * kW, width);
-            panel_product(m1 - m0, end - k, g.quantized.values + m0 * stride + k, stride, b + k * kW, sums, k > 0,
-                          (const char*)b + end * kW);
-          }
           const float* scales = (const float*)(b + depth * kW);
-          const int32_t* weight_sums = (const int32_t*)(scales + kW);
-          for (int64_t i = m0; i < m1; ++i) {
-            const float scale = g.quantized.scale[i];
-            const int32_t zero = g.quantized.zero[i];
-            int32_t* row = sums + (i - m0) * kW;
-            if (i + 8 < m1) prefetch_output<T>(g, i + 8, i + 9, p * kW, width);
-#pragma GCC unroll 4
-            for (int64_t c = 0; c < kW; c += kLanes<float>) {
-              Vec<int32_t> sum, weight_sum;
-              memcpy(&sum, row + c, sizeof(sum));
-              memcpy(&weight_sum, weight_sums + c, sizeof(sum));
-              const Vec<float> exact = __builtin_convertvector(sum - zero * weight_sum, Vec<float>);
-              store((float*)row + c, exact * (scale * load(scales + c)));
+          if (depth == 0) memset((void*)sums, 0, size_t(m1 - m0) * kW * sizeof(int32_t));
+          for (int64_t group = 0; group < groups; ++group) {
+            const int64_t begin = group * kQuantizedGroup, end = min(depth, begin + kQuantizedGroup);
+            const int64_t step = m1 - m0 <= FEW ? kQuantizedGroup : BLOCK;
+            for (int64_t k = begin; k < end; k += step) {
+              const int64_t k1 = min(end, k + step);
+              panel_product(m1 - m0, k1 - k, g.quantized.values + m0 * stride + k, stride, b + k * kW, sums, k > begin,
+                            (const char*)b + k1 * kW);
             }
-            epilogue<T>(g, i, p * kW, width, (const float*)row);
+            finish<T, kW>(g, m0, m1, group, p * kW, scales, sums, totals);
           }
         }
       }
@@ -162,7 +212,7 @@ static void product(const GemmArgs& g, int64_t row_begin, int64_t row_end, int64
 }
 
 extern const int64_t kQuantizedScratchBytes;
-const int64_t kQuantizedScratchBytes = (kRows + kQuantizedRowTile) * kQuantizedColumns * 4;
+const int64_t kQuantizedScratchBytes = (2 * kRows + kQuantizedRowTile) * kQuantizedColumns * 4;
 
 // ---- products of 16 bits, added in pairs: any instruction set ----
 
@@ -330,27 +380,19 @@ struct TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// Tiles 0 to 3: sums of 2 x 2 blocks of 16 x 16; 4 and 5: rows of a; 6 and 7: columns of b.
-template <bool TWO>  // 32 rows, or 16
-static void amx_tile(int64_t depth, const uint8_t* a, int64_t stride, const int8_t* b, int32_t* sums, bool add,
-                     Prefetch prefetch) {
-  constexpr int64_t kRow = kQuantizedColumns * 4;  // bytes from one row of sums to the next
-  int32_t* sums1 = sums + 16 * kQuantizedColumns;
-  if (add) {
-    _tile_loadd(0, sums, kRow);
-    _tile_loadd(1, sums + 16, kRow);
-    if constexpr (TWO) {
-      _tile_loadd(2, sums1, kRow);
-      _tile_loadd(3, sums1 + 16, kRow);
-    }
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
+constexpr int64_t kAmxColumns = 32;       // of a tile of sums
+constexpr int64_t kAmxBytes = 768 << 10;  // of a block of rows: they stay in L2 while all panels pass over them
+
+// sums (32 or 16 rows, kAmxColumns) = a b. Tiles 0 to 3: sums of 2 x 2 blocks of 16 x 16; 4 and 5: rows of a; 6 and 7:
+// columns of b. between() is what there is to do while the products of a step are on their way.
+template <bool TWO, class Between>
+static void amx_tile(int64_t depth, const uint8_t* a, int64_t stride, const int8_t* b, int32_t* sums, Between between) {
+  constexpr int64_t kRow = kAmxColumns * 4;  // bytes from one row of sums to the next
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
   for (int64_t k = 0; k < depth; k += 64) {
-    prefetch();
     const int8_t* bk = b + k * kQuantizedColumns;
     _tile_loadd(6, bk, 64);
     _tile_loadd(4, a + k, stride);
@@ -362,39 +404,78 @@ static void amx_tile(int64_t depth, const uint8_t* a, int64_t stride, const int8
       _tile_dpbusd(2, 5, 6);
       _tile_dpbusd(3, 5, 7);
     }
+    between();
   }
   _tile_stored(0, sums, kRow);
   _tile_stored(1, sums + 16, kRow);
   if constexpr (TWO) {
-    _tile_stored(2, sums1, kRow);
-    _tile_stored(3, sums1 + 16, kRow);
+    _tile_stored(2, sums + 16 * kAmxColumns, kRow);
+    _tile_stored(3, sums + 16 * kAmxColumns + 16, kRow);
   }
 }
 
-static void amx_product(int64_t rows, int64_t depth, const uint8_t* a, int64_t stride, const int8_t* b, int32_t* sums,
-                        bool add, const char* next) {
-  if (rows <= kVnniRows) return vnni_product(rows, depth, a, stride, b, sums, add, next);
-  const int64_t tiles = (rows + kQuantizedRowTile - 1) / kQuantizedRowTile, steps = 2 * tiles * depth / 64;
-  const int64_t step = (depth * kQuantizedColumns / steps + 63) / 64 * 64;
-  Prefetch prefetch{next, step};
-  for (int64_t half = 0; half < 2; ++half)
-    for (int64_t i = 0; i < rows; i += kQuantizedRowTile) {
-      const uint8_t* x = a + i * stride;
-      int32_t* out = sums + i * kQuantizedColumns + half * 32;
-      if (rows - i > 16)
-        amx_tile<true>(depth, x, stride, b + half * 2048, out, add, prefetch);
-      else
-        amx_tile<false>(depth, x, stride, b + half * 2048, out, add, prefetch);
-      prefetch.next += depth / 64 * step;
+// A tile that is computed, on its way to the output.
+template <class T> struct AmxTile {
+  const GemmArgs& g;
+  int64_t row = 0, end = 0, group = 0, column = 0;
+  const float* scales = nullptr;
+  const int32_t* sums = nullptr;
+  float* totals = nullptr;
+
+  FF_INLINE void finish_some(int64_t rows) {
+    rows = min(rows, end - row);
+    if (rows <= 0) return;
+    finish<T, kAmxColumns>(g, row, row + rows, group, column, scales, sums, totals);
+    row += rows, sums += rows * kAmxColumns, totals += rows * kAmxColumns;
+  }
+};
+
+// Half a panel at a time: a group of it stays in L1.
+template <class T>
+static void amx_product(const GemmArgs& g, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end,
+                        int32_t* scratch) {
+  constexpr int64_t kW = kQuantizedColumns, kTile = kQuantizedRowTile, kSums = kTile * kAmxColumns;
+  const int64_t depth = quantized_depth(g.depth), stride = quantized_stride(g.depth), bytes = quantized_panel_bytes(g.depth);
+  const int64_t most = max(kTile, kAmxBytes / stride / kTile * kTile), blocks = (row_end - row_begin + most - 1) / most;
+  float* totals = (float*)(scratch + 2 * kSums);
+  AmxTile<T> before = {g};
+  for (int64_t block = 0, tile = 0; block < blocks; ++block) {
+    const int64_t m0 = row_begin + (row_end - row_begin) * block / blocks;
+    const int64_t m1 = row_begin + (row_end - row_begin) * (block + 1) / blocks;
+    const int64_t tiles = (m1 - m0 + kTile - 1) / kTile;
+    for (int64_t p = panel_begin; p < panel_end; ++p) {
+      const int8_t* b = (const int8_t*)g.b + p * bytes;
+      Prefetch prefetch{(const char*)b + bytes, (kTile + tiles - 1) / tiles * 64};
+      for (int64_t half = 0; half < kW && p * kW + half < g.columns; half += kAmxColumns)
+        for (int64_t i = m0; i < m1; i += kTile)
+          for (int64_t k = 0, group = 0; k < depth; k += kQuantizedGroup, ++group, ++tile) {
+            const int64_t part = min(kQuantizedGroup, depth - k), rows = (kTile * 64 + part - 1) / part;
+            const auto between = [&] {
+              prefetch();
+              before.finish_some(rows);
+            };
+            const uint8_t* a = g.quantized.values + i * stride + k;
+            const int8_t* bk = b + k * kW + half * 64;
+            int32_t* sums = scratch + tile % 2 * kSums;
+            m1 - i > 16 ? amx_tile<true>(part, a, stride, bk, sums, between)
+                        : amx_tile<false>(part, a, stride, bk, sums, between);
+            before.row = i, before.end = min(m1, i + kTile), before.group = group, before.column = p * kW + half;
+            before.scales = (const float*)(b + depth * kW) + half, before.sums = sums, before.totals = totals;
+          }
     }
+  }
+  before.finish_some(kTile);
 }
 
 __attribute__((target("amx-tile"))) void quantized_gemm_amx(const GemmArgs& g, int64_t row_begin, int64_t row_end,
                                                             int64_t panel_begin, int64_t panel_end, void* scratch) {
+  if (row_end - row_begin <= kVnniRows || g.depth == 0)
+    return quantized_gemm_vnni(g, row_begin, row_end, panel_begin, panel_end, scratch);
   const TileConfig config;
   _tile_loadconfig(&config);
-  // one half of a panel at a time
-  product<1024, kVnniRows>(g, row_begin, row_end, panel_begin, panel_end, scratch, amx_product);
+  dispatch(g.dtype, [&]<class T>() {
+    if constexpr (!__is_same(T, double)) amx_product<T>(g, row_begin, row_end, panel_begin, panel_end, (int32_t*)scratch);
+  });
   _tile_release();
 }
 

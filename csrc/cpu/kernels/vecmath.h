@@ -25,8 +25,13 @@ FF_INLINE Vec<float> exp_score(Vec<float> x) {
   p = p * r + 0x1.fffffcp-2f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_mask_scalef_ps(__m512{}, _mm512_cmp_ps_mask((__m512)x, __m512{} - 87.0f, _CMP_NLT_UQ), (__m512)p,
+                                           (__m512)n);
+#else
   const Vec<float> y = bit_cast<Vec<float>>(bit_cast<Vec<int32_t>>(p) + (bit_cast<Vec<int32_t>>(z) << 23));
   return x < -87.0f ? Vec<float>{} : y;
+#endif
 }
 // The same for any x: overflow gives inf, NaN stays.
 FF_INLINE Vec<float> exp(Vec<float> x) {
@@ -40,7 +45,7 @@ FF_INLINE Vec<double> exp_score(Vec<double> x) { return exp(x); }
 // The normal distribution function Phi(x) = erfc(-x / sqrt 2) / 2, within 1e-7 absolute in float.
 // erfc(t) = exp(t g(t)) for t >= 0, with a polynomial g: the negative side has no cancellation.
 FF_INLINE Vec<float> normal_cdf(Vec<float> x) {
-  const Vec<float> t = (x < 0 ? -x : x) * 0x1.6a09e6p-1f;
+  const Vec<float> t = bit_cast<Vec<float>>(bit_cast<Vec<int32_t>>(x) & 0x7fffffff) * 0x1.6a09e6p-1f;
   Vec<float> g = t * -1.4119740399110015e-07f + 4.20987407778739e-06f;
   g = g * t - 5.121844878885895e-05f;
   g = g * t + 0.0003175142337568104f;
@@ -50,7 +55,7 @@ FF_INLINE Vec<float> normal_cdf(Vec<float> x) {
   g = g * t - 0.10306823253631592f;
   g = g * t - 0.6365674138069153f;
   g = g * t - 1.1283822059631348f;
-  const Vec<float> tail = 0.5f * exp(g * t);
+  const Vec<float> tail = 0.5f * exp_score(g * t);
   return x < 0 ? tail : 1.0f - tail;
 }
 FF_INLINE Vec<double> normal_cdf(Vec<double> x) {
