@@ -92,10 +92,10 @@ def accelerate(
             torch.nn's TransformerEncoder, TransformerEncoderLayer, TransformerDecoderLayer, MultiheadAttention (called
             with need_weights=False) or LayerNorm.
         quantize: "int8" computes the matrix products of inference on CPUs in 8 bits: each output feature of a weight
-            and each row of an activation, or 768 features of it, with a scale of its own, exact sums of 32 bits, all else
-            in float. The results are close to those of the float model, not the same: look at your task's metric. The weights stay as they
-            are, beside an 8-bit copy, and serve where gradients are needed, in training, and under autocast. None:
-            nothing is quantized.
+            and each row of an activation, or 768 features of it, with a scale of its own, exact sums of 32 bits, all
+            else in float. The results are close to those of the float model, not the same: look at your metric. The
+            weights stay as they are, beside an 8-bit copy, and serve where gradients are needed, in training, and under
+            autocast. None: nothing is quantized.
         weights: "bfloat16" keeps the packed weights of inference on CPUs in 16 bits, rounded to bfloat16, and computes
             in the dtype of the model: for a float32 model half the memory, and more speed where few tokens wait for the
             weights, as in generation. The weights stay as they are beside them. None: they are packed in
