@@ -112,25 +112,33 @@ inline Tensor quantize(GemmArgs& args) {
 // How a product is cut into tasks: blocks of rows x groups of panels. Where b is quantized, so are the rows of a by then.
 class GemmTasks {
  public:
-  GemmTasks(const GemmArgs& args, int64_t threads) : args_(args), product_(product_of(args)) {
-    constexpr int64_t kRows = 192;  // of a task
+  GemmTasks(const GemmArgs& args, int64_t threads) : args_(args), product_(product_of(args)), threads_(threads) {
+    constexpr int64_t kRows = 192, kBytes = 96 << 10;  // of a task: rows, and at least so much of b
+    const int64_t bytes = args.columns * args.depth * (args.b_type == PanelType::int8 ? 1 : compute_bytes(args.dtype));
     rows_ = threads == 1 ? 1 : (args.rows + kRows - 1) / kRows;
-    const int64_t wanted = threads == 1 || args.rows * args.columns * args.depth < (1 << 16) ? 1 : 4 * threads;
+    const bool small = threads == 1 || args.rows * args.columns * args.depth < (1 << 16);
+    const int64_t wanted = small ? 1 : std::clamp(bytes / kBytes, threads, 4 * threads);
     panels_ = std::clamp<int64_t>((wanted + rows_ - 1) / std::max<int64_t>(rows_, 1), 1,
                                   std::max<int64_t>(product_.panels, 1));
+    if (panels_ > threads) panels_ -= panels_ % threads;
   }
   int64_t count() const { return rows_ * panels_; }
   int64_t bytes() const { return product_.scratch_bytes; }
   void operator()(int64_t task) const {
-    const int64_t r = task / panels_, p = task % panels_;
+    const int64_t r = task / panels_, p = in_turn(task % panels_);
     product_.kernel(args_, args_.rows * r / rows_, args_.rows * (r + 1) / rows_, product_.panels * p / panels_,
                     product_.panels * (p + 1) / panels_, scratch(bytes()));
   }
 
  private:
+  // Threads take tasks in turn: so each goes on with the panels behind its last ones, which are on their way into its cache.
+  int64_t in_turn(int64_t task) const {
+    return panels_ % threads_ ? task : task % threads_ * (panels_ / threads_) + task / threads_;
+  }
+
   GemmArgs args_;
   Product product_;
-  int64_t rows_, panels_;  // in how many parts each is cut
+  int64_t threads_, rows_, panels_;  // rows and panels: in how many parts they are cut
 };
 
 inline void gemm(GemmArgs args) {

@@ -110,7 +110,7 @@ class Layers {
 
   void norm(const void* input, int64_t stride, const void* weight, const void* bias, void* output) {
     const LayerNormArgs args = norm_of(input, stride, weight, bias, output);
-    add_rows(rows_, s_.width, [=, quantize = quantizer(output)](int64_t begin, int64_t end) {
+    phases_.add_rows(rows_, s_.width, [=, quantize = quantizer(output)](int64_t begin, int64_t end) {
       kernels().layer_norm(args, begin, end);
       quantize(begin, end);
     });
@@ -121,7 +121,7 @@ class Layers {
               const PackedWeight& head, const void* head_bias, void* output) {
     const int64_t length = attention_.queries, element = element_bytes(s_.dtype);
     const LayerNormArgs args = norm_of(input, stride, weight, bias, normed_);
-    add_rows(attention_.sequences, keep * s_.width, [=, quantize = quantizer(normed_)](int64_t begin, int64_t end) {
+    phases_.add_rows(attention_.sequences, keep * s_.width, [=, quantize = quantizer(normed_)](int64_t begin, int64_t end) {
       for (int64_t sequence = begin; sequence < end; ++sequence) {
         const int64_t row = sequence * keep, from = (sequence + 1) * length - keep;
         LayerNormArgs mine = args;
@@ -139,13 +139,6 @@ class Layers {
   int64_t bytes() const { return arena_.taken() + work_bytes_; }
 
  private:
-  // f(begin, end) over rows, in tasks of some 16K elements.
-  template <class F> void add_rows(int64_t rows, int64_t columns, F f) {
-    const int64_t each = std::max<int64_t>(1, 16384 / std::max<int64_t>(columns, 1));
-    phases_.add((rows + each - 1) / each, 0,
-                [=](int64_t task) { f(task * each, std::min(rows, (task + 1) * each)); });
-  }
-
   // f(begin, end) quantizes rows of a layer-norm's output, while they are in L1, for the product that reads them.
   std::function<void(int64_t, int64_t)> quantizer(const void* output) {
     const bool is_read = s_.panels == PanelType::int8 && (output == x_ || output == normed_);
@@ -190,7 +183,7 @@ class Layers {
   void append(const Cache& cache, int64_t past) {
     const AttentionArgs& a = attention_;
     const int64_t element = element_bytes(s_.dtype), bytes = a.head_dim * element, row_bytes = 3 * s_.width * element;
-    add_rows(a.sequences * a.heads, a.queries * a.head_dim,
+    phases_.add_rows(a.sequences * a.heads, a.queries * a.head_dim,
              [=, qkv = qkv_, width = s_.width](int64_t begin, int64_t end) {
                for (int64_t pair = begin; pair < end; ++pair) {
                  const int64_t sequence = pair / a.heads, head = pair % a.heads;

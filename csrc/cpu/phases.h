@@ -24,6 +24,12 @@ class Phases {
     bytes_ = std::max(bytes_, bytes);
   }
 
+  // f(begin, end) over rows, in tasks of some 4K elements, or 8 for each thread where they would be more.
+  template <class F> void add_rows(int64_t rows, int64_t columns, F f) {
+    const int64_t each = std::max({int64_t(1), 4096 / std::max<int64_t>(columns, 1), rows / (8 * threads_)});
+    add((rows + each - 1) / each, 0, [=](int64_t task) { f(task * each, std::min(rows, (task + 1) * each)); });
+  }
+
   void run() const {
     const int64_t threads = std::min<int64_t>(most_tasks_, threads_);
     std::atomic<int64_t> next{0}, done{0};
