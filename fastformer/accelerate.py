@@ -104,8 +104,8 @@ def accelerate(
             last hidden states are 0 at padding, where the stock model has numbers without a meaning: a loss or a mean
             that looks at them changes (models for question answering, a softmax over all positions, keep them). Of
             dropout, the mask of the attention stays that of the padded batch (where padding is behind the tokens), that
-            of rows is drawn for the real tokens. The batch is computed as it is where hooks on layers,
-            output_hidden_states or output_attentions look inside, with gradient checkpointing, FSDP2 around layers and
+            of rows is drawn for the real tokens. The batch is computed as it is where hooks on layers
+            (those of FSDP2 in BERT are none of them), output_hidden_states or output_attentions look inside, with
             torch.compile, and on GPUs, where finding the tokens would make the CPU wait.
         strict: raise if any layer would be left on its stock forward.
 

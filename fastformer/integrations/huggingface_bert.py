@@ -21,6 +21,7 @@ from fastformer.integrations.huggingface import (
     request_weights,
     takes,
 )
+from fastformer.integrations.padding import Tokens
 
 
 class BertModel(Fused):
@@ -75,10 +76,12 @@ class BertSelfAttention(layers.BertSelfAttention):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | Tokens | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        if isinstance(attention_mask, Tokens):
+            return self.attend_tokens(hidden_states, attention_mask), None
         path, packed = self.choose(hidden_states, attention_mask)
         if (path is Path.STOCK and WANTS_WEIGHTS not in kwargs) or not takes(kwargs):
             return super().forward(hidden_states, attention_mask, past_key_values, **kwargs)
@@ -146,13 +149,14 @@ class BertLayer(layers.BertLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | Tokens | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        if encoder_hidden_states is not None or self.chunk_size_feed_forward:
+        in_chunks = self.chunk_size_feed_forward and not isinstance(attention_mask, Tokens)
+        if encoder_hidden_states is not None or in_chunks:
             return super().forward(
                 hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values, **kwargs
             )

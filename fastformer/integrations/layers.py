@@ -18,6 +18,7 @@ from fastformer.integrations.fused import (
     DROPOUTS,
     LINEARS,
     NORMS,
+    TRANSPOSED,
     Fused,
     Path,
     activation_of,
@@ -25,7 +26,7 @@ from fastformer.integrations.fused import (
     fuse,
     weight_of,
 )
-from fastformer.integrations.padding import Tokens, leaves_padding_out
+from fastformer.integrations.padding import Tokens, gathers_only, leaves_padding_out
 from fastformer.integrations.stacks import Settings, StackedLayer, stack_of
 from fastformer.integrations.tensor_parallel import is_sharded
 from fastformer.packing import Packed, is_hooked
@@ -35,11 +36,11 @@ _raw = torch.ops.fastformer_cpu
 
 def linear(module: nn.Module, x: Tensor, panels: Tensor | None, activation: str | None = None) -> Tensor:
     """activation(module(x)) of a plain linear, or of one that is split; on its packed weight, if given."""
+    if panels is None and is_sharded(module._parameters["weight"]):
+        return tensor_parallel.linear(module, x, activation, is_transposed=module.__class__ in TRANSPOSED)
     weight, bias = weight_of(module), module._parameters["bias"]
     if panels is not None:
         return _raw.packed_linear(x, panels, weight.shape[0], bias, activation, None)
-    if is_sharded(weight):
-        return tensor_parallel.linear(module, x, activation)
     return ops.linear(x, weight, bias, activation=activation)
 
 
@@ -54,11 +55,11 @@ def feed_forward(
     residual: Tensor | None = None,
 ) -> Tensor:
     """ops.feed_forward of two linears, plain or split."""
-    weight1, weight2 = weight_of(linear1), weight_of(linear2)
-    if is_sharded(weight1) or is_sharded(weight2):
+    if any(is_sharded(module._parameters["weight"]) for module in (linear1, linear2)):
         hidden = F.dropout(linear(linear1, x, None, activation), hidden_dropout_p)
         output = F.dropout(linear(linear2, hidden, None), dropout_p)
         return output if residual is None else output + residual
+    weight1, weight2 = weight_of(linear1), weight_of(linear2)
     return ops.feed_forward(
         x, weight1, linear1.bias, weight2, linear2.bias, activation=activation, hidden_dropout_p=hidden_dropout_p,
         dropout_p=dropout_p, residual=residual,
@@ -133,10 +134,10 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def split_qkv(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, Q, 3 E) -> three of (B, H, Q, D)"""
+def split_qkv(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, Q, 3 E) -> three of (B, H, Q, D); under tensor parallelism H are some of the heads."""
     batch, length, width = qkv.shape
-    return qkv.view(batch, length, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4).unbind(0)
+    return qkv.view(batch, length, 3, width // (3 * head_dim), head_dim).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 class LayerNorm(Fused):
@@ -196,11 +197,17 @@ class BertSelfAttention(Fused):
             bias = None if biases[0] is None else torch.cat(biases)
             out_features = 3 * packed.children[0]._parameters["weight"].shape[0]
             qkv = _raw.packed_linear(x, packed.panels[0], out_features, bias, None, None)
-            return split_qkv(qkv, self.num_attention_heads)
+            return split_qkv(qkv, self.attention_head_size)
         children = self.query, self.key, self.value
         outputs = [child(x) if path is Path.STOCK else linear(child, x, None) for child in children]
         # Of linears that are split there are only some of the heads.
         return tuple(x.unflatten(-1, (-1, self.attention_head_size)).transpose(1, 2) for x in outputs)
+
+    def attend_tokens(self, x: Tensor, tokens: Tokens) -> Tensor:
+        """(1, tokens, E): self-attention of each sequence."""
+        path, packed = self.choose(x)
+        heads, scale = self.project(x, path, packed), getattr(self, "scaling", None)
+        return tokens.attention(*heads, path, self.dropout.p if self.training else 0.0, scale)
 
 
 class BertOutput(Fused):
@@ -301,8 +308,8 @@ class BertEncoder(Fused):
     is_watched = staticmethod(is_hooked)
 
     def without_padding(self, hidden_states: Tensor, mask: Tensor) -> Tensor | None:
-        """The last hidden states (B, S, E) of a batch with a padding mask (B, 1, 1, S); None where the layers have to
-        be called one by one: somebody looks at what happens inside, or wants it computed again in the backward."""
+        """The last hidden states (B, S, E) of a batch with a padding mask (B, 1, 1, S); None where somebody looks at
+        what happens inside. The layers are called with the Tokens in the place of a mask."""
         batch, length, _ = hidden_states.shape
         if mask.dtype != torch.bool or mask.shape != (batch, 1, 1, length) or batch == 0:
             return None
@@ -311,9 +318,7 @@ class BertEncoder(Fused):
         for layer in self.layer:
             if not isinstance(layer, BertLayer) or not isinstance(layer.attention.self, BertSelfAttention):
                 return None
-            if any(map(self.is_watched, (layer, layer.attention, layer.attention.self))):
-                return None
-            if layer.training and getattr(layer, "gradient_checkpointing", False):
+            if any(self.is_watched(m) and not gathers_only(m) for m in (layer, layer.attention, layer.attention.self)):
                 return None
         tokens = Tokens(mask[:, 0, 0])
         x = tokens.gather(hidden_states)
@@ -322,12 +327,7 @@ class BertEncoder(Fused):
             x = stack.run(x, cu_seq=tokens.cu_seq, longest=tokens.longest)
         else:
             for layer in self.layer:
-                attention = layer.attention.self
-                path, packed = attention.choose(x)
-                heads, scale = attention.project(x, path, packed), getattr(attention, "scaling", None)
-                dropout_p = attention.dropout.p if attention.training else 0.0
-                context = tokens.attention(*heads, path, dropout_p, scale)
-                x = layer.feed_forward(layer.attention.output(context, x))
+                x = layer(x, tokens)
         return tokens.scatter(x, hidden_states.shape)
 
     def stacked(self, hidden_states: Tensor, mask: Tensor | None) -> Tensor | None:
@@ -367,6 +367,7 @@ class BertPredictionHeadTransform(Fused):
 
 class GptAttention(Fused):
     inner = {"c_attn": LINEARS, "c_proj": LINEARS, "resid_dropout": DROPOUTS}
+    takes_shards = True
 
     def groups(self):
         weight1, weight2 = weight_of(self.c_attn), weight_of(self.c_proj)
@@ -376,7 +377,7 @@ class GptAttention(Fused):
     def project(self, x: Tensor, path: Path, packed: Packed | None) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value, (B, H, Q, D) each, of x (B, Q, E)."""
         qkv = self.c_attn(x) if path is Path.STOCK else linear(self.c_attn, x, packed and packed.panels[0])
-        return split_qkv(qkv, self.num_heads)
+        return split_qkv(qkv, self.head_dim)
 
     def finish(self, context: Tensor, path: Path, packed: Packed | None) -> Tensor:
         """resid_dropout(c_proj(context))"""
@@ -384,8 +385,10 @@ class GptAttention(Fused):
             return self.resid_dropout(self.c_proj(context))
         if path is Path.PACKED and not context.requires_grad:
             return linear(self.c_proj, context, packed.panels[1])
-        weight, bias, p = weight_of(self.c_proj), self.c_proj.bias, dropout_p(self.resid_dropout)
-        return ops.linear(context, weight, bias, dropout_p=p)
+        p = dropout_p(self.resid_dropout)
+        if is_sharded(self.c_proj.weight):
+            return F.dropout(linear(self.c_proj, context, None), p)
+        return ops.linear(context, weight_of(self.c_proj), self.c_proj.bias, dropout_p=p)
 
 
 class GptBlock(StackedLayer):

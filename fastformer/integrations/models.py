@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastformer.integrations import embeddings, layers, torch_nn
 from fastformer.integrations.fused import CHILDREN, LINEARS, LOOKS_AT_PADDING, SWAPS, Fused, Path, fuse, weight_of
-from fastformer.integrations.padding import leaves_padding_out
+from fastformer.integrations.padding import Tokens, leaves_padding_out
 from fastformer.integrations.stacks import infers_eagerly, stack_of
 from fastformer.models import bert, bert_heads, gpt, transformer
 from fastformer.models.generation import KeyValue, KeyValueCache, LayerCache
@@ -28,7 +28,9 @@ class BertEmbeddings(embeddings.BertEmbeddings):
 
 
 class BertSelfAttention(layers.BertSelfAttention):
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | Tokens | None = None) -> Tensor:
+        if isinstance(attention_mask, Tokens):
+            return self.attend_tokens(hidden_states, attention_mask)
         path, packed = self.choose(hidden_states, attention_mask)
         if path is Path.STOCK:
             return super().forward(hidden_states, attention_mask)
@@ -49,7 +51,7 @@ class BertLayer(layers.BertLayer):
         **layers.BertLayer.inner,
     }
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | Tokens | None = None) -> Tensor:
         return self.feed_forward(self.attention(hidden_states, attention_mask))
 
 

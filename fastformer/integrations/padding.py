@@ -4,7 +4,7 @@ way into an encoder, take their places on the way out, where padding is 0."""
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastformer import backends, ops
 from fastformer.integrations.fused import Fused, Path, _is_transformed
@@ -60,4 +60,13 @@ def leaves_padding_out(encoder: Fused, hidden_states: Tensor) -> bool:
         and not torch.jit.is_tracing()
         and not _is_transformed()
         and backends._requested()[0] != "torch"
+    )
+
+
+def gathers_only(module: nn.Module) -> bool:
+    """Are the hooks of a module those of FSDP2, which gather its weights before a call and free them after it?"""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    others = module._backward_hooks or module._backward_pre_hooks or "forward" in module.__dict__
+    return not others and all(
+        str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp") for hook in hooks
     )

@@ -1,9 +1,10 @@
 """Tensor parallelism: linears that `torch.distributed.tensor.parallel.parallelize_module` has split, computed by the
 fused ops on this process's share.
 
-ColwiseParallel and RowwiseParallel make the parameters of a linear DTensors, and register two hooks: one makes its
-input a DTensor in the layout that the product needs (with whatever communication that takes), the other gives its
-output the layout that was asked for. A fused layer runs these hooks, and its op on the local tensors in between.
+ColwiseParallel, RowwiseParallel and the styles of parallel_styles.py make the parameters of a linear DTensors, and
+register two hooks: one makes its input a DTensor in the layout that the product needs (with whatever communication that
+takes), the other gives its output the layout that was asked for. A fused layer runs these hooks, and its op on the
+local tensors in between.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ def is_sharded(parameter: Tensor | None) -> bool:
 
 
 def is_parallel(linear: nn.Module) -> bool:
-    """Is it a linear as ColwiseParallel or RowwiseParallel leave it?"""
+    """Is a nn.Linear, or a Conv1D of transformers, as they leave it?"""
     weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
-    if type(linear) is not nn.Linear or not is_sharded(weight):
+    if not is_sharded(weight):
         return False
     hooks = [*linear._forward_pre_hooks.values(), *linear._forward_hooks.values()]
     return (
@@ -36,20 +37,24 @@ def is_parallel(linear: nn.Module) -> bool:
     )
 
 
-def linear(module: nn.Linear, x: Tensor, activation: str | None = None) -> Tensor:
-    """activation(module(x)) of a linear that `is_parallel`."""
+def linear(module: nn.Module, x: Tensor, activation: str | None = None, *, is_transposed: bool = False) -> Tensor:
+    """activation(module(x)) of a linear that `is_parallel`; transposed: its weight is (in_features, out_features)."""
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
     weight, bias, inputs = module.weight, module.bias, (x,)
-    mesh = weight.device_mesh
+    mesh, local, of_columns = weight.device_mesh, weight.to_local(), 0
+    if is_transposed:
+        local, of_columns = local.t(), 1
     for hook in module._forward_pre_hooks.values():
         x = hook(module, inputs)
-    if weight.placements[0].is_shard(0):  # some of the output features: each process has a part of x's gradient
+    if weight.placements[0].is_shard(
+        of_columns
+    ):  # some of the output features: each process has a part of x's gradient
         x, bias = x.to_local(grad_placements=[Partial()]), None if bias is None else bias.to_local()
-        output = ops.linear(x, weight.to_local(), bias, activation=activation)
+        output = ops.linear(x, local, bias, activation=activation)
         output = DTensor.from_local(output, mesh, [Shard(-1)], run_check=False)
     else:  # some of the input features: each process has a part of the sum
-        output = DTensor.from_local(ops.linear(x.to_local(), weight.to_local()), mesh, [Partial()], run_check=False)
+        output = DTensor.from_local(ops.linear(x.to_local(), local), mesh, [Partial()], run_check=False)
         output = output.redistribute(placements=[Replicate()])
         output = ACTIVATIONS[activation](output if bias is None else output + bias)
     for hook in module._forward_hooks.values():

@@ -182,8 +182,8 @@ def test_dropout_everywhere(model):
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
 def test_layers_that_are_computed_again():
-    """Gradient checkpointing calls the layers one by one."""
-    mask = padding("right")
+    """Gradient checkpointing: without padding, too, each time."""
+    mask, seen = padding("right"), []
 
     def results(m: nn.Module) -> dict[str, Tensor]:
         m.train()
@@ -192,10 +192,11 @@ def test_layers_that_are_computed_again():
         out = m(ids(), attention_mask=mask).last_hidden_state[mask.bool()]
         out.square().mean().backward()
         tokens.hook.remove()
-        assert tokens.seen == [B * S] * 2
+        seen.append(tokens.seen)
         return {"output": out.detach(), **gradients(m)}
 
     assert_agrees(bert("BertModel"), results)
+    assert seen == [[int(mask.sum())] * 2, [B * S] * 2, [B * S] * 2]
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -252,3 +253,18 @@ def test_question_answering_keeps_padding(library_of, training):
         return {"loss": output.loss.detach(), **logits, **gradients(m)}
 
     assert_agrees(bert("BertForQuestionAnswering", library=library_of), results)
+
+
+def test_feed_forward_in_chunks():
+    """transformers' chunk_size_feed_forward wants a length that it divides; the tokens are of any number."""
+    mask = padding("right")
+
+    def results(m: nn.Module) -> dict[str, Tensor]:
+        out = m.train()(ids(), attention_mask=mask).last_hidden_state[mask.bool()]
+        out.square().mean().backward()
+        return {"output": out.detach(), **gradients(m)}
+
+    model = bert("BertModel", chunk_size_feed_forward=1)
+    eager, fused = results(copy.deepcopy(model)), results(fastformer.accelerate(copy.deepcopy(model)))
+    for name, x in eager.items():
+        torch.testing.assert_close(fused[name], x, atol=1e-5, rtol=1e-4, msg=name)
