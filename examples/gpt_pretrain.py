@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from fastformer.models import GptConfig, GptLMHeadModel
+
 END = 256  # of a document; the other tokens are bytes
 
 
@@ -24,7 +26,7 @@ def packed(documents: list[str]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def main(argv: list[str] | None = None) -> list[float]:
-    parser = common.options(__doc__.split("\n")[0], steps=200, batch=8, lr=1e-3)
+    parser = common.options(__doc__.split("\n")[0], steps=200, batch=8, lr=1e-3, library="transformers")
     parser.add_argument("--length", type=int, default=256, help="tokens of a row")
     parser.add_argument("--large", action="store_true", help="6 layers of 384, about 10 million parameters")
     parser.add_argument("--prompt", default="The with statement")
@@ -33,11 +35,12 @@ def main(argv: list[str] | None = None) -> list[float]:
 
     torch.manual_seed(args.seed)
     width, layers = (384, 6) if args.large else (128, 4)
-    config = GPT2Config(
+    is_ours = args.library == "fastformer.models"
+    config = (GptConfig if is_ours else GPT2Config)(
         vocab_size=END + 1, n_positions=args.length, n_embd=width, n_layer=layers, n_head=width // 32,
         resid_pdrop=args.dropout, embd_pdrop=args.dropout, attn_pdrop=args.dropout, bos_token_id=END, eos_token_id=END,
     )  # fmt: skip
-    model = GPT2LMHeadModel(config)
+    model = (GptLMHeadModel if is_ours else GPT2LMHeadModel)(config)
     tokens, documents, positions = packed(common.documents())
     causal = torch.ones(args.length, args.length, dtype=torch.bool).tril()
 
@@ -58,12 +61,13 @@ def main(argv: list[str] | None = None) -> list[float]:
     return losses
 
 
-def write(model: GPT2LMHeadModel, prompt: str, count: int) -> None:
+def write(model: GPT2LMHeadModel | GptLMHeadModel, prompt: str, count: int) -> None:
     ids = torch.tensor([[END, *prompt.encode()]])
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": count, "top_k": 20}
+    if isinstance(model, GPT2LMHeadModel):
+        options |= {"do_sample": True, "pad_token_id": END}
     with torch.no_grad():
-        output = model.eval().generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=True, top_k=20, pad_token_id=END
-        )[0]
+        output = model.eval().generate(ids, **options)[0]
     sys.stdout.write(bytes(i for i in output.tolist() if i < END).decode(errors="replace") + "\n")
 
 

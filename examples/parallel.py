@@ -32,13 +32,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
+from fastformer.integrations.parallel_styles import Columns, Heads, Rows
+
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it is for one process
 warnings.filterwarnings("ignore", ".*returned a view tensor")  # which nothing here changes in place
 
 KINDS = ("ddp", "fsdp", "tensor")
 # The linears that are split by output features, and those behind them, split by input features.
-BY_COLUMNS = ("query", "key", "value", "q_proj", "k_proj", "v_proj", "intermediate.dense", "linear1")
-BY_ROWS = ("output.dense", "out_proj", "linear2")
+BY_COLUMNS = ("query", "key", "value", "q_proj", "k_proj", "v_proj", "intermediate.dense", "linear1", "c_fc")
+BY_ROWS = ("output.dense", "out_proj", "linear2", "mlp.c_proj")
 
 
 def start() -> tuple[int, int]:
@@ -90,9 +92,15 @@ def distributed(model: nn.Module, kind: str) -> nn.Module:
 
 def split(model: nn.Module) -> dict[str, ParallelStyle]:
     """How `parallelize_module` is to split each linear: a pair of them needs one sum over the processes."""
-    linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-    plan = {name: ColwiseParallel() for name in linears if name.endswith(BY_COLUMNS)}
-    plan |= {name: RowwiseParallel() for name in linears if name.endswith(BY_ROWS)}
+    plan: dict[str, ParallelStyle] = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "c_attn"):  # query, key and value of GPT-2 in one
+            plan[name] = Heads()
+        elif type(module) is nn.Linear or type(module).__name__ == "Conv1D":
+            styles = (ColwiseParallel, RowwiseParallel) if type(module) is nn.Linear else (Columns, Rows)
+            for style, names in zip(styles, (BY_COLUMNS, BY_ROWS), strict=True):
+                if name.endswith(names):
+                    plan[name] = style()
     if not plan:
         raise SystemExit(f"--parallel tensor: {type(model).__name__} has no linears that are known to split")
     return plan

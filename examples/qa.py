@@ -5,11 +5,11 @@ A passage tells where a person was born, what they became and what they liked, i
 
 from __future__ import annotations
 
+import importlib
+
 import common
 import torch
 from torch import Tensor
-
-from fastformer.models import BertConfig, BertForQuestionAnswering
 
 PEOPLE = "ada alan grace john mary noam rosa paul".split()
 PLACES = ("new york", "paris", "rio", "san juan", "north lake", "oslo")
@@ -59,10 +59,12 @@ def examples(count: int, generator: torch.Generator) -> dict[str, Tensor]:
 
 
 def main(argv: list[str] | None = None) -> list[float]:
-    args = common.options(__doc__.split("\n")[0], steps=400, batch=32, lr=1e-3).parse_args(argv)
+    parser = common.options(__doc__.split("\n")[0], steps=400, batch=32, lr=1e-3, library="fastformer.models")
+    args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
-    model = BertForQuestionAnswering(
-        BertConfig(
+    library = importlib.import_module(args.library)
+    model = library.BertForQuestionAnswering(
+        library.BertConfig(
             vocab_size=len(IDS), hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
             max_position_embeddings=64, hidden_dropout_prob=args.dropout, attention_probs_dropout_prob=args.dropout,
         )
@@ -74,8 +76,8 @@ def main(argv: list[str] | None = None) -> list[float]:
     first, last = test.pop("start_positions"), test.pop("end_positions")
     model.eval()
     with torch.no_grad():
-        _, starts, ends = model(**test)
-    exact = (starts.argmax(1) == first) & (ends.argmax(1) == last)
+        output = model(**test)
+    exact = (output.start_logits.argmax(1) == first) & (output.end_logits.argmax(1) == last)
     print(f"answers that are exactly right: {exact.float().mean():.1%} of 200 new")
     return losses
 

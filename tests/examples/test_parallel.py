@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,21 +11,17 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from examples.short import FOLDER, SCRIPTS
 
 import fastformer.nn
 from fastformer import library
 
-FOLDER = Path(__file__).resolve().parents[2] / "examples"
-SHORT = {
-    "tag": ["--batch", "4"],
-    "bert_pretrain": ["--length", "32", "--batch", "2"],
-    "gpt_pretrain": ["--length", "64", "--batch", "2", "--write", "0"],
-}
+KINDS = "ddp", "fsdp", "tensor"
 pytestmark = pytest.mark.skipif(not library.available(), reason="needs the op library")
 
 
 def losses(script: str, *options: object) -> list[float]:
-    return importlib.import_module(script).main([*SHORT[script], "--steps", "4", *map(str, options)])
+    return importlib.import_module(script).main([*SCRIPTS[script], "--steps", "4", *map(str, options)])
 
 
 def run(rank: int, world: int, folder: str, script: str, runs: list[list[str]]) -> None:
@@ -53,12 +50,11 @@ def examples_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
-    """With dropout, two micro-batches each; and what they save is what one process saves. Without dropout where other
-    elements would be dropped: under tensor parallelism by heads and features that lie in another process, under FSDP2,
-    which watches each layer, because the batch keeps its padding."""
+    """With dropout, two micro-batches each; and what they save is what one process saves. Without dropout under tensor
+    parallelism, where other elements would be dropped: heads and features lie in another process."""
     options = {
         "ddp": ["--accumulate", 4, "--dropout", 0.1],
-        "fsdp": ["--accumulate", 4],
+        "fsdp": ["--accumulate", 4, "--dropout", 0.1],
         "tensor": ["--accumulate", 2],
     }
     runs = [[*given, "--parallel", kind, "--save", tmp_path / kind] for kind, given in options.items()]
@@ -72,7 +68,7 @@ def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp", "tensor"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_resumed(tmp_path: Path, kind: str) -> None:
     """Two processes save their shards, and go on from there: the losses of the run that was left alone."""
     options = ["--accumulate", 2, "--parallel", kind, "--save-every", 2]
@@ -93,10 +89,36 @@ def test_bfloat16_accumulated_and_recomputed(tmp_path: Path, script: str) -> Non
     expected = losses(script, *options)
     exact = losses(script, "--accumulate", 4, "--steps", 2)
     assert expected == pytest.approx(exact, rel=2e-2) and expected != exact
-    kinds = ["ddp", "fsdp"] + (["tensor"] if script == "bert_pretrain" else [])
-    found = by_two(tmp_path, script, *([*options, "--parallel", kind] for kind in kinds))
-    for kind, got in zip(kinds, found, strict=True):
+    found = by_two(tmp_path, script, *([*options, "--parallel", kind] for kind in KINDS))
+    for kind, got in zip(KINDS, found, strict=True):
         assert got == pytest.approx(expected, rel=1e-3), kind
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script(tmp_path: Path, small_data: dict[str, list[str]], script: str) -> None:
+    """In each kind the losses of one process; fastformer.nn's layers have no linears that tensor parallelism splits."""
+    options = [*small_data.get(script, []), "--accumulate", 2]
+    kinds = [kind for kind in KINDS if (script, kind) != ("custom_task", "tensor")]
+    found = by_two(tmp_path, script, *([*options, "--parallel", kind] for kind in kinds))
+    expected = losses(script, *options)
+    for kind, got in zip(kinds, found, strict=True):
+        assert got == pytest.approx(expected, rel=1e-5), kind
+
+
+@pytest.mark.slow
+def test_torchrun(tmp_path: Path) -> None:
+    """The command of the documentation: one process speaks, and what it saved, one can go on with."""
+    options = [str(FOLDER / "tag.py"), *SCRIPTS["tag"], "--accumulate", "2", "--save", str(tmp_path)]
+    by_torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    paths = os.pathsep.join([str(FOLDER.parent), *sys.path])
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    command = [*by_torchrun, *options, "--steps", "4"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    saved = losses("tag", *options[1:], "--resume")
+    assert done.stdout.count(f"step 4: loss {saved[3]:.4f}") == done.stdout.count("tagged without a mistake") == 1
+    assert saved == pytest.approx(losses("tag", "--accumulate", 2), rel=1e-5)
 
 
 def test_split() -> None:
