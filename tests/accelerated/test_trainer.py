@@ -135,4 +135,6 @@ def test_trainer(build, options, tmp_path):
     losses = [train(model, tmp_path / str(i), **options) for i, model in enumerate((fused, eager))]
     assert len(losses[0]) == 6
     assert losses[0] == pytest.approx(losses[1], rel=2e-2 if "bf16" in options else 1e-4)
-    assert not fastformer.report(fused).left
+    # Checkpointing, transformers hooks the word embeddings: their output is to need a gradient.
+    left = ["bert.embeddings"] if build is bert and "gradient_checkpointing" in options else []
+    assert [row.name for row in fastformer.report(fused).left] == left
