@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> list[float]:
 
         losses = common.train(model, batch, lambda model, given: model(**given).loss, args)
 
-    model.eval()
+    model.cpu().eval()
     right = 0
     with torch.no_grad():
         for first in range(0, len(held_out), 100):
@@ -80,7 +80,7 @@ def by_trainer(model, encode, examples: list[tuple[str, int]], args: argparse.Na
     settings = TrainingArguments(
         output_dir=str(args.save or "build/classify"), max_steps=args.steps, per_device_train_batch_size=args.batch,
         learning_rate=args.lr, warmup_steps=max(args.steps // 10, 1), logging_steps=1, report_to=[], seed=args.seed,
-        save_strategy="steps" if args.save else "no", save_steps=args.save_every, use_cpu=True,
+        save_strategy="steps" if args.save else "no", save_steps=args.save_every, use_cpu=args.device == "cpu",
     )  # fmt: skip
     trainer = Trainer(model=model, args=settings, train_dataset=examples, data_collator=encode)
     trainer.train(resume_from_checkpoint=args.resume)

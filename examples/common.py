@@ -41,6 +41,7 @@ def options(description: str, steps: int, batch: int, lr: float, library: str | 
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --save")
     parser.add_argument("--stop-after", type=int, metavar="STEP", help="stop there, as if it had been killed")
     parser.add_argument("--eager", action="store_true", help="plain PyTorch, for comparison")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train")
     parser.add_argument("--bfloat16", action="store_true", help="autocast")
     parser.add_argument("--checkpointing", action="store_true", help="compute each layer again for its backward")
     if library:
@@ -57,7 +58,8 @@ def documents() -> list[str]:
 def train(
     model: nn.Module, batch: Batch, loss_of: Loss, args: argparse.Namespace, *, accelerate: bool = True
 ) -> list[float]:
-    """Trains in place with AdamW and a linear warm-up and decay; returns the loss of every step.
+    """Trains in place with AdamW and a linear warm-up and decay; returns the loss of every step. The model ends on the
+    CPU.
 
     batch(generator) makes a micro-batch whose "input_ids" are counted as its tokens, loss_of(model, batch) is its loss,
     a step takes the mean of its micro-batches' losses. A model that is built from fastformer.nn needs no `accelerate`.
@@ -66,8 +68,9 @@ def train(
         raise SystemExit("--resume wants the folder of the checkpoint: --save DIR")
     if accelerate and not args.eager:
         fastformer.accelerate(model)
-    model.train()
     rank, world = parallel.start()
+    device = parallel.own_device(args.device)
+    model.to(device).train()
     trained = model if world == 1 else parallel.distributed(model, args.parallel)
     shares = world if args.parallel != "tensor" else 1  # of a step's micro-batches
     if args.accumulate % shares:
@@ -89,8 +92,9 @@ def train(
             for number in mine:
                 torch.manual_seed(args.seed * 1_000_003 + number)
                 given = batch(torch.Generator().manual_seed(args.seed * 1_000_003 + number))
+                given = {name: x.to(device) for name, x in given.items()}
                 with parallel.unsynchronized(trained, number != mine[-1]):
-                    with torch.autocast("cpu", torch.bfloat16, enabled=args.bfloat16):
+                    with torch.autocast(device.type, torch.bfloat16, enabled=args.bfloat16):
                         loss = loss_of(trained, given)
                     (loss / len(mine)).backward()
                 total += loss.item() / len(mine)
@@ -107,6 +111,7 @@ def train(
                 parallel.save(args.save, step + 1, trained, optimizer, losses)
     if sharded:
         parallel.write_back(trained, model)
+    model.cpu()
     if args.save and len(losses) == args.steps and rank == 0 and hasattr(model, "save_pretrained"):
         model.save_pretrained(args.save)
     parallel.stop()

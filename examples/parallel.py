@@ -44,10 +44,18 @@ BY_ROWS = ("output.dense", "out_proj", "linear2", "mlp.c_proj")
 
 
 def start() -> tuple[int, int]:
-    """Rank and number of the processes; those of torchrun find each other."""
+    """Rank and number of the processes; those of torchrun find each other, by gloo on CPUs and by NCCL on GPUs."""
     if dist.is_torchelastic_launched() and not dist.is_initialized():
-        dist.init_process_group("gloo")
+        dist.init_process_group()
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def own_device(kind: str) -> torch.device:
+    """Of each process on a machine another GPU."""
+    if kind == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(kind)
 
 
 def stop() -> None:
@@ -82,7 +90,7 @@ def distributed(model: nn.Module, kind: str) -> nn.Module:
     if kind == "ddp":
         return DistributedDataParallel(model)
     model = copy.deepcopy(model)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
     if kind == "fsdp":
         for layer in layers(model):
             fully_shard(layer, mesh=mesh)

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> list[float]:
 
     def loss_of(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
         first, second = embed(model, given).chunk(2)
-        return F.cross_entropy(first @ second.mT / 0.05, torch.arange(len(first)))
+        return F.cross_entropy(first @ second.mT / 0.05, torch.arange(len(first), device=first.device))
 
     @torch.no_grad()
     def found() -> float:
