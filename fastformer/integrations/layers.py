@@ -26,7 +26,7 @@ from fastformer.integrations.fused import (
     fuse,
     weight_of,
 )
-from fastformer.integrations.padding import Tokens, gathers_only, leaves_padding_out
+from fastformer.integrations.padding import Tokens, is_only_wrapped, leaves_padding_out
 from fastformer.integrations.stacks import Settings, StackedLayer, stack_of
 from fastformer.integrations.tensor_parallel import is_sharded
 from fastformer.packing import Packed, is_hooked
@@ -318,7 +318,8 @@ class BertEncoder(Fused):
         for layer in self.layer:
             if not isinstance(layer, BertLayer) or not isinstance(layer.attention.self, BertSelfAttention):
                 return None
-            if any(self.is_watched(m) and not gathers_only(m) for m in (layer, layer.attention, layer.attention.self)):
+            modules = layer, layer.attention, layer.attention.self
+            if any(self.is_watched(module) and not is_only_wrapped(module) for module in modules):
                 return None
         tokens = Tokens(mask[:, 0, 0])
         x = tokens.gather(hidden_states)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastformer import backends, ops
 from fastformer.integrations.fused import Fused, Path, _is_transformed
@@ -63,10 +64,15 @@ def leaves_padding_out(encoder: Fused, hidden_states: Tensor) -> bool:
     )
 
 
-def gathers_only(module: nn.Module) -> bool:
-    """Are the hooks of a module those of FSDP2, which gather its weights before a call and free them after it?"""
+def is_only_wrapped(module: nn.Module) -> bool:
+    """Does nobody look at what goes into a call of a module and comes out, though there are hooks or another forward?
+    Those of FSDP2 gather its weights and free them, partial(torch.utils.checkpoint.checkpoint, module.forward) computes
+    it again."""
+    forward = module.__dict__.get("forward")
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    others = module._backward_hooks or module._backward_pre_hooks or "forward" in module.__dict__
-    return not others and all(
-        str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp") for hook in hooks
+    others = module._backward_hooks or module._backward_pre_hooks
+    return (
+        not others
+        and (forward is None or getattr(forward, "func", None) is checkpoint)
+        and all(str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp") for hook in hooks)
     )

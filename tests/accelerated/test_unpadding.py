@@ -1,6 +1,7 @@
 """The encoder without padding: what is the same, and when the batch is computed as it is."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import transformers
 from accelerated.small import LENGTHS, VOCABULARY, B, S, assert_agrees, bert, gradients, ids, padding
 from accuracy import assert_close_to_reference
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fastformer
 from fastformer import library, models
@@ -181,13 +183,21 @@ def test_dropout_everywhere(model):
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
-def test_layers_that_are_computed_again():
+@pytest.mark.parametrize("way", ["of transformers", "of torch"])
+@BOTH
+def test_layers_that_are_computed_again(model, way):
     """Gradient checkpointing: without padding, too, each time."""
     mask, seen = padding("right"), []
+    if way == "of transformers" and not hasattr(model, "gradient_checkpointing_enable"):
+        pytest.skip("no such method")
 
     def results(m: nn.Module) -> dict[str, Tensor]:
         m.train()
-        m.gradient_checkpointing_enable()
+        if way == "of transformers":
+            m.gradient_checkpointing_enable()
+        else:
+            for layer in m.encoder.layer:
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         tokens = Tokens(m)
         out = m(ids(), attention_mask=mask).last_hidden_state[mask.bool()]
         out.square().mean().backward()
@@ -195,7 +205,7 @@ def test_layers_that_are_computed_again():
         seen.append(tokens.seen)
         return {"output": out.detach(), **gradients(m)}
 
-    assert_agrees(bert("BertModel"), results)
+    assert_agrees(copy.deepcopy(model), results)
     assert seen == [[int(mask.sum())] * 2, [B * S] * 2, [B * S] * 2]
 
 
