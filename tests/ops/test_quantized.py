@@ -79,9 +79,9 @@ def test_rows_do_not_depend_on_one_another(int8_isa):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("rows", [1, 33, 250])
-@pytest.mark.parametrize("features", [70, 1540])
+@pytest.mark.parametrize("features", [70, 1500, 1600])
 def test_feed_forward(int8_isa, threads, dtype, rows, features):
-    """As two products, the hidden activation in float between them: whole, or in groups."""
+    """As two products, the hidden activation in float between them: in one, two or three groups."""
     input, residual = randn(rows, 20, dtype=dtype), randn(rows, 24, dtype=dtype)
     weights, biases = (randn(features, 20, dtype=dtype), randn(24, features, dtype=dtype)), (randn(features), randn(24))
     first, second = (raw.quantize_weight(weight) for weight in weights)
