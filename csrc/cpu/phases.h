@@ -24,9 +24,10 @@ class Phases {
     bytes_ = std::max(bytes_, bytes);
   }
 
-  // f(begin, end) over rows, in tasks of some 4K elements, or 8 for each thread where they would be more.
+  // f(begin, end) over rows, in 8 tasks for each thread, but of some 4K to 16K elements.
   template <class F> void add_rows(int64_t rows, int64_t columns, F f) {
-    const int64_t each = std::max({int64_t(1), 4096 / std::max<int64_t>(columns, 1), rows / (8 * threads_)});
+    columns = std::max<int64_t>(columns, 1);
+    const int64_t each = std::max<int64_t>(1, std::clamp(rows / (8 * threads_), 4096 / columns, 16384 / columns));
     add((rows + each - 1) / each, 0, [=](int64_t task) { f(task * each, std::min(rows, (task + 1) * each)); });
   }
 
