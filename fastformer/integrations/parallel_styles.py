@@ -94,7 +94,7 @@ def _sharded(linear: nn.Module, by_columns: bool) -> Shard:
     """How its weight is split."""
     integrations.load()
     if type(linear) not in LINEARS:
-        raise TypeError(f"expected a nn.Linear or Conv1D, got a {type(linear).__name__}")
+        raise TypeError(f"expected nn.Linear or Conv1D, got {type(linear).__name__}")
     return Shard(int(by_columns == (type(linear) in TRANSPOSED)))
 
 

@@ -104,6 +104,12 @@ def run_tensor_parallel(rank: int, store: str) -> None:
         for accelerate_first in (True, False):
             torch.manual_seed(0)
             check_tensor_parallel(make(), accelerate_first)
+    mesh = init_device_mesh("cpu", (2,))
+    with pytest.raises(ValueError, match="GPT2Attention: 3 heads can't be shared out to 2 processes"):
+        parallelize_module(gpt2(n_head=3), mesh, GPT)
+    for style in (Columns(), Rows()):
+        with pytest.raises(TypeError, match="expected nn.Linear or Conv1D, got Embedding"):
+            parallelize_module(gpt2(), mesh, {"transformer.wte": style})
     dist.destroy_process_group()
 
 
