@@ -9,7 +9,7 @@ PEERS := .venv-peers
 # --no-compile: Python compiles the few modules that are used when it first imports them.
 PIP_INSTALL := -m pip install -qq --no-compile --disable-pip-version-check
 
-.PHONY: help setup build build-cuda verify-gpu-kernels ptx compare test test-cpu test-triton test-full kernel-report mutations mutations-cuda lint format bench training peers gpu torch214 wheel clean
+.PHONY: help setup build build-cuda verify-gpu-kernels ptx compare test test-cpu test-triton test-full kernel-report mutations mutations-cuda mutations-ptx lint format bench training peers gpu torch214 wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make test       the tests, but for those marked slow; make test-full runs all"
 	@echo "make kernel-report   registers, stack, spills, shared memory and tensor cores of every GPU kernel that is built"
 	@echo "make mutations  plants mistakes in the Triton kernels, which the tests must find; make mutations-cuda in CUDA's"
+	@echo "make mutations-ptx  the same mistakes, which runs of what is compiled must find"
 	@echo "make lint       ruff check and format check; make format mends what it can"
 	@echo "make bench      the microbenchmarks of each op against eager"
 	@echo "make training   training steps of BERT and GPT-2, attention and loss against eager: time and peak memory"
@@ -84,7 +85,10 @@ mutations: build
 	$(BIN)/python tests/kernels/mutations.py $(ARGS)
 
 mutations-cuda: build
-	$(BIN)/python tests/sim/mutations.py $(ARGS)
+	$(BIN)/python tests/sim/cuda_mutations.py $(ARGS)
+
+mutations-ptx: build
+	$(BIN)/python tests/sim/ptx_mutations.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

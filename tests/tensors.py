@@ -1,6 +1,8 @@
 """Random tensors in every memory layout that a view can have."""
 
+import math
 import os
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -44,3 +46,14 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32, layout: str = "contig
         case "flipped":  # dimensions in memory from the last to the first
             return base(*reversed(shape)).permute(*reversed(range(len(shape))))
     raise ValueError(layout)
+
+
+FAR = 2**31 + 64  # elements, of a row from the next
+
+
+def far_apart(x: Tensor, dim: int, folder: Path) -> Tensor:
+    """A copy whose `dim` has a stride of at least FAR, in a sparse file."""
+    strides = [FAR if d == dim else math.prod(x.shape[d + 1 :]) for d in range(x.dim())]
+    size = 1 + sum((length - 1) * stride for length, stride in zip(x.shape, strides, strict=True))
+    file = torch.from_file(str(folder / "sparse"), shared=True, size=size, dtype=x.dtype)
+    return file.as_strided(x.shape, strides).copy_(x)

@@ -56,8 +56,9 @@ MUTATIONS = [
 ]
 
 
-def run_tests(mutation: Mutation | None, tests: list[str]) -> subprocess.CompletedProcess:
-    """On a copy of the kernels, with the mistake in it."""
+def run_tests(mutation: Mutation | None, tests: list[str], compiled: bool = False) -> subprocess.CompletedProcess:
+    """On a copy of the kernels, with the mistake in it: those that `make test` runs in Triton's interpreter, or, of
+    tests that compile, all."""
     with tempfile.TemporaryDirectory() as directory:
         copy = Path(directory)
         for folder in ("kernels", "tests"):
@@ -68,12 +69,15 @@ def run_tests(mutation: Mutation | None, tests: list[str]) -> subprocess.Complet
             (copy / "fastformer" / path.name).symlink_to(copy / "kernels" if path.name == "kernels" else path)
         if mutation is not None:
             mutation.apply(copy / "kernels")
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "--tb=no", "-p", "no:cacheprovider"]
-        environment = os.environ | {"PYTHONPATH": directory, "TRITON_INTERPRET": "1", "FASTFORMER_BACKEND": "triton"}
-        environment |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "1000"}
-        return subprocess.run(
-            [*command, *tests], cwd=copy, env=environment, capture_output=True, text=True, timeout=SECONDS
-        )
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", "-p", "no:cacheprovider", *tests]
+        environment = os.environ | {"PYTHONPATH": directory, "OMP_NUM_THREADS": "1", "COLUMNS": "1000"}
+        environment["PYTHONDONTWRITEBYTECODE"] = "1"
+        if compiled:
+            environment.setdefault("TRITON_CACHE_DIR", str(ROOT / "build" / "triton"))
+        else:
+            command += ["-m", "not slow"]
+            environment |= {"TRITON_INTERPRET": "1", "FASTFORMER_BACKEND": "triton"}
+        return subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=SECONDS)
 
 
 def caught_by(mutation: Mutation) -> str | None:

@@ -1,27 +1,18 @@
 """Elements beyond the 2^31st, in tensors whose rows lie far apart in a sparse file: the same bits as close together."""
 
-import math
 from pathlib import Path
 
 import pytest
 import torch
+from tensors import far_apart
 from torch import Tensor
 
 RAW = torch.ops.fastformer_cuda
-FAR = 2**31 + 64  # elements, of a row from the next
 
 
 @pytest.fixture(autouse=True)
 def simulator(sim):
     pass
-
-
-def far_apart(x: Tensor, dim: int, folder: Path) -> Tensor:
-    """A copy whose `dim` has a stride of at least FAR."""
-    strides = [FAR if d == dim else math.prod(x.shape[d + 1 :]) for d in range(x.dim())]
-    size = 1 + sum((length - 1) * stride for length, stride in zip(x.shape, strides, strict=True))
-    file = torch.from_file(str(folder / "sparse"), shared=True, size=size, dtype=x.dtype)
-    return file.as_strided(x.shape, strides).copy_(x)
 
 
 def assert_same_bits(op, given: dict[str, Tensor], name: str, dim: int, folder: Path) -> None:

@@ -1,10 +1,10 @@
-"""Every mistake that mutations.py plants has a place in the kernels; `make mutations-cuda` runs the tests on it."""
+"""Each mistake that cuda_mutations.py plants has a place in the kernels; `make mutations-cuda` runs the tests on it."""
 
 import shutil
 from pathlib import Path
 
 import pytest
-from mutations import CUDA, MUTATIONS
+from cuda_mutations import CUDA, MUTATIONS
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=[f"{m.file}-{m.what}" for m in MUTATIONS])

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .checks import NOBODY, WARP_BITS, granules
+from .checks import NOBODY, WARP_BITS, granules, wavefronts_of_units
 from .faults import Fault
 from .mbarrier import BYTES as MBARRIER_BYTES
 from .mbarrier import Mbarrier
-from .memory import PARAMETERS, address_reader, global_accesses, shared_places
+from .memory import PARAMETERS, address_reader, global_accesses, note_conflicts, shared_places
 from .parse import Address, Box, Immediate, Instruction, PtxError
 from .table import Decode, Step
 from .tensor_map import BYTES as MAP_BYTES
@@ -195,9 +195,13 @@ def _byte_parts(address: Address, size, instruction: Instruction):
     return parts
 
 
-def _units(team: Team, thread: int, parts: Parts) -> tuple[np.ndarray, np.ndarray]:
+def _units(team: Team, thread: int, parts: Parts, instruction: Instruction) -> tuple[np.ndarray, np.ndarray]:
     """(threads, places in the batch's shared memory), of each 16 bytes; after the check of bounds."""
     starts = parts.places[:, ::UNIT].ravel()
+    whole = len(starts) // 8 * 8
+    for units in (starts[:whole].reshape(-1, 8), starts[None, whole:]):  # 128 bytes at once
+        if units.size:
+            note_conflicts(team, instruction, *wavefronts_of_units(units))
     threads = np.full(len(starts), thread)
     return threads, shared_places(team, threads, starts, UNIT)
 
@@ -223,7 +227,7 @@ def _load(rank: int) -> Decode:
                 warp, clock = found.init
                 if not found.init_fenced and batch.fenced[team.block[row], team.warp[row], warp] < clock:
                     batch.launch.counts.unfenced_barriers += 1
-                threads, units = _units(team, thread, parts)
+                threads, units = _units(team, thread, parts, instruction)
                 batch.shadow.begin_bulk(team, threads, units, UNIT)
                 for _ in parts.accesses(team, thread, write=False):
                     pass  # the checks
@@ -253,7 +257,7 @@ def _save(rank: int) -> Decode:
                 parts = parts_of(team, thread, int(starts[thread]))
                 if parts.bytes % team.batch.launch.program.global_granule:
                     raise PtxError(f"{instruction}: numbers that are smaller than any that st stores are not known")
-                read = team.batch.shadow.begin_read(team, *_units(team, thread, parts), UNIT)
+                read = team.batch.shadow.begin_read(team, *_units(team, thread, parts, instruction), UNIT)
                 parts.note(team, copied=False)
                 team.saves.under_way.append(Save(thread, int(team.saves.committed[thread]), parts, read))
 

@@ -3,6 +3,8 @@
 What happened before what is known from vector clocks: each warp has a clock, which goes on at every barrier, and of
 each other warp of its block the clock up to which it knows that it has run. Each granule of memory, the least that the
 kernel writes at once, has the clock of its last writer and those of its readers (of global memory: of the last one).
+Of shared memory it is known, too, which lane: a warp's clock goes on at its own barriers, and before that no lane may
+touch what another one wrote.
 
 Bulk copies into shared memory and wgmma go through another proxy. Such a copy is written by its mbarrier, whose clock
 is the number of its phases: only who has waited for the phase knows of it. What a warp wrote by other instructions, the
@@ -49,6 +51,11 @@ class Counts:
         self.operations += warps * operations
 
 
+def lanes_of(threads: np.ndarray, together: bool) -> np.ndarray:
+    """(accesses, 1) of who makes them."""
+    return np.full((len(threads), 1), SEVERAL, np.int8) if together else (threads & 31).astype(np.int8)[:, None]
+
+
 def granules(first: np.ndarray, size: int, granule: int) -> np.ndarray:
     """(accesses, granules of each)."""
     return (first // granule)[:, None] + np.arange(-(-size // granule))
@@ -62,12 +69,25 @@ class SharedShadow:
         count = batch.blocks * size // granule
         self.writer = np.zeros(count, np.int32)  # key; 0: nobody wrote here
         self.readers = np.zeros((count, batch.warps), np.int32)  # clocks
+        self.writer_lane = np.zeros(count, np.int8)  # or SEVERAL
+        self.reader_lane = np.zeros((count, batch.warps), np.int8)  # or SEVERAL; NOBODY: all lanes know of it
         self.busy = np.zeros(count, np.int32)  # sum of COPY, BARRIER, and READER for each that has not ended
 
-    def read(self, team: Team, threads: np.ndarray, first: np.ndarray, size: int) -> None:
-        """`size` bytes at each of `first`."""
-        places, own, warps, _ = self._known_writer(team, threads, first, size)
-        self.readers[places, warps[:, None]] = own[:, None]
+    def read(self, team: Team, threads: np.ndarray, first: np.ndarray, size: int, together: bool = False) -> None:
+        """`size` bytes at each of `first`. `together`: for all lanes of the warp."""
+        places, own, warps, writer = self._known_writer(team, threads, first, size)
+        own, warps, lanes = own[:, None], warps[:, None], lanes_of(threads, together)
+        if (other := (writer == (own << WARP_BITS | warps)) & (self.writer_lane[places] != lanes)).any():
+            self.race_of_lanes(team, threads, other.any(1), first, "reads what", "wrote")
+        if together:
+            self.reader_lane[places, warps] = NOBODY  # all have run it before one of them goes on
+        else:
+            before, known = self.reader_lane[places, warps], self.readers[places, warps] == own
+            self.reader_lane[places, warps] = np.where(known & (before != lanes), SEVERAL, lanes)
+            now = self.reader_lane[places, warps]
+            if (others := (now != lanes) & (now != SEVERAL)).any():  # lanes that read at once
+                self.reader_lane[places[others], np.broadcast_to(warps, places.shape)[others]] = SEVERAL
+        self.readers[places, warps] = own
 
     def begin_read(self, team: Team, threads: np.ndarray, first: np.ndarray, size: int) -> np.ndarray:
         """By the async proxy, which reads until end_read. Returns the granules, for that; each once a warp."""
@@ -81,6 +101,7 @@ class SharedShadow:
         block, warp = team.block[row], team.warp[row]
         np.subtract.at(self.busy, read // 64, READER)
         self.readers[read // 64, read % 64] = self.batch.clocks[block, warp, warp]
+        self.reader_lane[read // 64, read % 64] = NOBODY
 
     def begin_barrier(self, team: Team, threads: np.ndarray, first: np.ndarray, size: int) -> None:
         self.write(team, threads, first, size, np.zeros(len(first), np.bool_))
@@ -90,6 +111,7 @@ class SharedShadow:
         """As a read of what its initialization wrote."""
         places, own, warps, _ = self._known_writer(team, threads, first, size, barrier=True)
         self.readers[places, warps[:, None]] = own[:, None]
+        self.reader_lane[places, warps[:, None]] = NOBODY
 
     def end_barrier(self, team: Team, threads: np.ndarray, first: np.ndarray, size: int) -> None:
         self.busy[granules(first, size, self.granule)] &= ~BARRIER
@@ -121,11 +143,11 @@ class SharedShadow:
                 f"{actor[late][0]} wrote, with no fence.proxy.async in between"
             )
 
-    def write(self, team: Team, threads: np.ndarray, first: np.ndarray, size: int, same: np.ndarray) -> None:
+    def write(self, team: Team, threads, first: np.ndarray, size: int, same: np.ndarray, together=False) -> None:
         """`same`: which accesses write what is there: these may race. So may several of one instruction that write to
-        one place, if they write the same, which is seen later."""
+        one place, if they write the same, which is seen later. `together`: of what all lanes of the warp have."""
         self._not_busy(team, threads, first, granules(first, size, self.granule), "write to", True)
-        raced, twice = self._write(team, threads, first, size, same)
+        raced, twice = self._write(team, threads, first, size, same, together)
         self.batch.launch.counts.same_writes += int((raced | twice.any(1)).sum())
 
     def begin_copy(self, team: Team, threads: np.ndarray, first: np.ndarray, size: int) -> None:
@@ -154,7 +176,7 @@ class SharedShadow:
         self.writer[places] = key
         self.busy[places] &= ~COPY
 
-    def _write(self, team: Team, threads: np.ndarray, first: np.ndarray, size: int, same: np.ndarray) -> tuple:
+    def _write(self, team: Team, threads, first: np.ndarray, size: int, same: np.ndarray, together=False) -> tuple:
         """(accesses that race but write the same, granules that another warp writes in this instruction)"""
         places, blocks, warps, own = self._access(team, threads, first, size)
         writer, known = self.writer[places], self.batch.clocks
@@ -168,8 +190,14 @@ class SharedShadow:
         if read_late.any():
             bad = read_late.any(1)
             self.race(team, threads, bad, first, "writes where", int(np.flatnonzero(read_late[bad][0])[0]), "read")
-        key = (own << WARP_BITS | warps)[:, None]
-        self.writer[places] = key
+        key, lanes = (own << WARP_BITS | warps)[:, None], lanes_of(threads, together)
+        if (other := (writer == key) & (self.writer_lane[places] != lanes) & ~same[:, None]).any():
+            self.race_of_lanes(team, threads, other.any(1), first, "writes where", "wrote")
+        reader = self.reader_lane[places, warps[:, None]]
+        other = (self.readers[places, warps[:, None]] == own[:, None]) & (reader != lanes) & (reader != NOBODY)
+        if (other & ~same[:, None]).any():
+            self.race_of_lanes(team, threads, (other & ~same[:, None]).any(1), first, "writes where", "read")
+        self.writer[places], self.writer_lane[places] = key, lanes
         return raced, self.writer[places] != key
 
     def _not_busy(self, team: Team, threads, first, places: np.ndarray, does: str, writes: bool = False) -> None:
@@ -198,6 +226,10 @@ class SharedShadow:
         else:
             other, why = f"warp {other}", "with no barrier in between"
         raise Fault(f"race: {who} {does} {other} {did}, {self.place(first, bad)}, {why}")
+
+    def race_of_lanes(self, team: Team, threads: np.ndarray, bad: np.ndarray, first, does: str, did: str) -> None:
+        text = f"{team.who(threads, bad)} {does} another lane of its warp {did}, {self.place(first, bad)}"
+        raise Fault(f"race: {text}, with no barrier in between")
 
 
 class GlobalShadow:
@@ -269,6 +301,13 @@ def wavefronts(rows: np.ndarray, lanes: np.ndarray, addresses: np.ndarray, size:
     counted = np.bincount((group - group[0]) * 32 + bank).reshape(-1)
     counted = np.pad(counted, (0, -len(counted) % 32)).reshape(-1, 32).max(1)
     return int(counted.sum()), int(np.count_nonzero(counted))
+
+
+def wavefronts_of_units(units: np.ndarray) -> tuple[int, int]:
+    """The same, of what the async proxy moves at once: (n, 8) addresses of 16 bytes, the rows of a core matrix of wgmma
+    or 128 bytes of a bulk copy."""
+    banks = units >> 4 & 7
+    return int((banks[:, :, None] == np.arange(8)).sum(1).max(1).sum()), len(units)
 
 
 def sectors(rows: np.ndarray, addresses: np.ndarray) -> int:

@@ -12,10 +12,11 @@ import ctypes
 import dataclasses
 import functools
 import os
+import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -61,24 +62,30 @@ def why_not() -> str | None:
     return None if compiler() else "no C++ compiler is installed"
 
 
+def _flags() -> list[str]:
+    flags = ["-std=c++20", "-O3", "-DUSE_CUDA", f"-Dfastformer_cuda={NAMESPACE}", "-Xcompiler", "-O1,-fPIC"]
+    flags += [f"-DTORCH_TARGET_VERSION=0x{MIN_TORCH[0]:02x}{MIN_TORCH[1]:02x}000000000000"]
+    return [*flags, "-isystem", str(torch_folder() / "include")]
+
+
+def _arch(file: str) -> str:
+    return "compute_90a" if "_hopper_" in file else "compute_80"
+
+
 @functools.cache
 def build() -> Path:
     """The folder with a library of the host code, and beside it the PTX, for sm_80 and, of what is for Hopper, for
     sm_90a; both brought up to date."""
     folder, torch_at, toolkit = ROOT / "build" / "ptx" / "cuda", torch_folder(), cuda_toolkit()
-    flags = ["-std=c++20", "-O3", "-DUSE_CUDA", f"-Dfastformer_cuda={NAMESPACE}", "-Xcompiler", "-O1,-fPIC"]
-    flags += [f"-DTORCH_TARGET_VERSION=0x{MIN_TORCH[0]:02x}{MIN_TORCH[1]:02x}000000000000"]
-    flags += ["-isystem", str(torch_at / "include")]
     link = [f"-I{toolkit / 'include'}", f"-L{torch_at / 'lib'}", "-ltorch_cpu", "-ltorch"]
     link += ["-Wl,-Bsymbolic", "-Wl,--no-undefined", "-Wl,--wrap=aoti_torch_empty_strided"]
     text = NINJA.format(
-        nvcc=toolkit / "bin" / "nvcc", flags=shlex.join(flags), cxx=shlex.join(compiler()), link=shlex.join(link)
+        nvcc=toolkit / "bin" / "nvcc", flags=shlex.join(_flags()), cxx=shlex.join(compiler()), link=shlex.join(link)
     )
     objects = []
     for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
         objects.append(f"{source.stem}.o")
-        arch = "compute_90a" if "_hopper_" in source.name else "compute_80"
-        text += f"build {objects[-1]}: compile {source}\n  stem = {source.stem}\n  arch = {arch}\n"
+        text += f"build {objects[-1]}: compile {source}\n  stem = {source.stem}\n  arch = {_arch(source.name)}\n"
     text += f"build host.so: link {HERE / 'runtime.cpp'} {' '.join(objects)}\n"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "build.ninja"
@@ -92,13 +99,40 @@ def build() -> Path:
 
 
 @functools.cache
-def ptx_of(kernel: str) -> str:
-    """The text that has it."""
+def file_of(kernel: str) -> Path:
+    """The PTX that has it; its stem is that of the file in csrc/cuda."""
     for file in build().glob("*.ptx"):
-        text = file.read_text()
-        if f".entry {kernel}(" in text:
-            return text
+        if f".entry {kernel}(" in file.read_text():
+            return file
     raise LookupError(f"no PTX of {kernel}")
+
+
+@functools.cache
+def ptx_of(kernel: str) -> str:
+    return file_of(kernel).read_text()
+
+
+def compile_kernels(folder: Path, file: str, kernels: Collection[str]) -> dict[str, str]:
+    """PTX of some of the kernels of a file in another copy of csrc/cuda, by their names in the build: nothing else is
+    compiled, which takes seconds."""
+    signatures = _signatures(kernels)
+    lines = re.findall(r'^#include ".*"$', (folder / file).read_text(), re.MULTILINE)
+    wanted = [x.replace(" CUtensorMap_st", " const __grid_constant__ CUtensorMap_st") for x in signatures.values()]
+    lines += [f"template __global__ {x};" for x in wanted if "<" in x]  # others are compiled anyway
+    (folder / "some.cu").write_text("\n".join(lines) + "\n")
+    command = [cuda_toolkit() / "bin" / "nvcc", *_flags(), f"-arch={_arch(file)}", "-ptx", "some.cu", "-o", "some.ptx"]
+    finished = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if finished.returncode:
+        raise RuntimeError(f"{file} does not compile:\n{finished.stderr}")
+    text = (folder / "some.ptx").read_text()
+    found = {x: name for name, x in _signatures(re.findall(r"\.entry (\w+)\(", text)).items()}
+    return {kernel: text.replace(found[x], kernel) for kernel, x in signatures.items()}
+
+
+def _signatures(kernels: Collection[str]) -> dict[str, str]:
+    """Without the anonymous namespaces, whose names differ between files."""
+    found = subprocess.run(["c++filt", *kernels], check=True, capture_output=True, text=True).stdout
+    return dict(zip(kernels, found.replace("(anonymous namespace)::", "").splitlines(), strict=True))
 
 
 _ON_LAUNCH = ctypes.CFUNCTYPE(
@@ -171,12 +205,17 @@ def _on_cpu(op) -> Callable:
 
 @contextlib.contextmanager
 def running_cuda(
-    target: str = "sm_80", order: str = "together", seed: int = 0, edit: Callable[[str], str] | None = None
+    target: str = "sm_80",
+    order: str = "together",
+    seed: int = 0,
+    edit: Callable[[str], str] | None = None,
+    texts: dict[str, str] | None = None,
 ) -> Iterator[list[Finished]]:
     """Inside, calls on CPU tensors go to the CUDA kernels, in the interpreter, on a device that says that it is of
     `target`: sm_80 or sm_90. The list has what each launch did.
 
-    `edit` changes the PTX of each kernel, from .entry to its last brace.
+    `edit` changes the PTX of each kernel, from .entry to its last brace; `texts` are in the place of what was built, by
+    kernel.
     """
     library = load()
     runner = Runner(order, seed, edit)
@@ -184,7 +223,7 @@ def running_cuda(
     def on_launch(name, grid, block, shared, args) -> int:
         try:
             kernel = name.decode()
-            text = ptx_of(kernel)
+            text = (texts or {}).get(kernel) or ptx_of(kernel)
             program = runner.program(text, kernel)
             places = [(args[i], parameter.size) for i, parameter in enumerate(program.kernel.parameters)]
             parameters = np.zeros(program.parameter_bytes, np.uint8)

@@ -56,6 +56,7 @@ class Runner:
 
 
 Span = tuple[int, int, str]  # its first byte, the one behind its last, a name
+FAR = 2**30  # bytes: what lies between rows so far apart is left out
 
 
 def buffers_of(tensors: list[torch.Tensor], others: list[Span] = ()) -> list[tuple[int, int, str]]:
@@ -64,10 +65,14 @@ def buffers_of(tensors: list[torch.Tensor], others: list[Span] = ()) -> list[tup
     for tensor in tensors:
         if tensor.numel() == 0 or tensor.device.type != "cpu":
             continue
-        last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        start = tensor.data_ptr()
+        size, starts, last = tensor.element_size(), [tensor.data_ptr()], 0
+        for n, stride in zip(tensor.shape, tensor.stride(), strict=True):
+            if stride * size < FAR:
+                last += (n - 1) * stride
+            else:
+                starts = [start + i * stride * size for start in starts for i in range(n)]
         what = f"a tensor ({', '.join(map(str, tensor.shape))}) of {str(tensor.dtype).removeprefix('torch.')}"
-        spans.append((start, start + (last + 1) * tensor.element_size(), what))
+        spans += [(start, start + (last + 1) * size, what) for start in starts]
     merged: list[tuple[int, int, str]] = []
     for start, end, what in sorted(set(spans)):
         if merged and start < merged[-1][1]:

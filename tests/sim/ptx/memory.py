@@ -100,7 +100,11 @@ def shared_places(team: Team, threads: np.ndarray, addresses: np.ndarray, size: 
 
 
 def note_wavefronts(team: Team, threads: np.ndarray, addresses: np.ndarray, size: int, instruction) -> None:
-    count, least = checks.wavefronts(threads >> 5, threads & 31, addresses, size)
+    note_conflicts(team, instruction, *checks.wavefronts(threads >> 5, threads & 31, addresses, size))
+
+
+def note_conflicts(team: Team, instruction: Instruction, count: int, least: int) -> None:
+    """So many wavefronts of shared memory, and the least that there could be."""
     counts = team.batch.launch.counts
     counts.wavefronts += count
     if count > least:
@@ -230,7 +234,7 @@ for _t in [f"{letter}{n}" for n in (8, 16, 32, 64) for letter in "bus"] + ["f32"
             TABLE[f"st.{_space}{_name}"] = _store(_space, _count, _t)
         TABLE[f"ld.shared::cta{_name}"] = TABLE[f"ld.shared{_name}"]
         TABLE[f"st.shared::cta{_name}"] = TABLE[f"st.shared{_name}"]
-        TABLE[f"ld.global.nc{_name}"] = TABLE[f"ld.global{_name}"]
+        TABLE[f"ld.global.nc{_name}"] = TABLE[f"ld.volatile.global{_name}"] = TABLE[f"ld.global{_name}"]
 
 
 def written_bytes(instruction: Instruction) -> tuple[str, int] | None:

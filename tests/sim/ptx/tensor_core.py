@@ -34,7 +34,7 @@ def _ldmatrix(count: int, transpose: bool) -> Decode:
             giving = (warps[:, None] * 32 + np.arange(8 * count)).ravel()
             addresses = address(team)[giving]
             places = shared_places(team, giving, addresses, 16)
-            team.batch.shadow.read(team, giving, places, 16)
+            team.batch.shadow.read(team, giving, places, 16, together=True)
             note_wavefronts(team, giving, addresses, 16, instruction)
             tiles = team.batch.shared.view(np.uint16)[places[:, None] // 2 + np.arange(8)]
             tiles = tiles.reshape(len(warps), count, 8, 8)
@@ -71,7 +71,7 @@ def _stmatrix(count: int, transpose: bool) -> Decode:
             rows = np.ascontiguousarray(tiles).view(np.uint64).reshape(-1, 2)
             shared, first = team.batch.shared.view(np.uint64), places // 8
             same = (shared[first[:, None] + np.arange(2)] == rows).all(1)
-            team.batch.shadow.write(team, giving, places, 16, same)
+            team.batch.shadow.write(team, giving, places, 16, same, together=True)
             note_wavefronts(team, giving, addresses, 16, instruction)
             scatter(team, giving, [rows[:, 0], rows[:, 1]], shared, first)
 

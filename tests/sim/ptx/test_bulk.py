@@ -127,6 +127,7 @@ class TestBoxes:
         wanted[17:, corner[1] :] = x[17:, corner[1] :]
         assert np.array_equal(y, wanted)
         assert counts.stored_bytes == counts.copied_bytes == 3 * width // 2
+        assert 128 * counts.wavefronts == 2 * size and not counts.conflicts  # boxes that are inside or not
 
     def test_sectors(self):
         """Rows of 64 bytes are 2 sectors, or 3 where they begin in one's middle."""

@@ -48,6 +48,31 @@ def test_attention_of_warpgroups(sequence, causal):
         assert launch.counts.operations == 2 * size * scores * products.get(launch.kernel, 0)
 
 
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("sequence,causal", [(256, False), (300, False), (300, True), (520, True)])
+def test_attention_of_warpgroups_in_cuda(sequence, causal, size):
+    """For sm_90a: a consumer has 64 rows, and leaves out tiles of 128 keys that it doesn't see; copies are for two
+    consumers. Of shared memory, wgmma reads 16 numbers of 64 rows or 8 of 16 in 8 x 16 bytes at once: 128 bytes a
+    wavefront; and so do copies write, whole boxes of 128 rows. The output goes through it once, there and back."""
+    heads = 2
+    given = [torch.randn(1, heads, sequence, size, dtype=F16) for _ in range(3)]
+    function = partial(ops.scaled_dot_product_attention, is_causal=causal)
+    forward = launches_of("cuda sm_90", function, *given)[0].counts
+    products = heads * seen_tiles(sequence, sequence, causal, 64, 128)
+    tiles = [seen_tiles(128 * (i + 1), sequence, causal, 128, 128) for i in range(ceil(sequence, 128))]
+    tiles = [after - before for before, after in zip([0, *tiles], tiles, strict=False)]  # of each block
+    assert forward.operations == products * 2 * 2 * 64 * 128 * size
+    row = 2 * size  # bytes
+    assert forward.copied_bytes == heads * row * (sequence + 2 * sum(min(128 * n, sequence) for n in tiles))
+    copied = heads * 128 * row * (len(tiles) + 2 * sum(tiles))
+    scores = size // 16 * (64 + 128) * 32
+    assert forward.loaded_bytes == 0 and forward.stored_bytes == heads * sequence * (row + 4)
+    through = 2 * heads * len(tiles) * 128 * row  # rows behind the last are written, but not read: 16 at a time
+    unread = heads * row * (len(tiles) * 128 - sequence)
+    assert 128 * forward.wavefronts == copied + products * (scores + 8 * size * 32) + through - unread
+    assert not forward.conflicts
+
+
 @pytest.mark.parametrize("source", ["cuda", "triton"])
 @pytest.mark.parametrize("sequence,causal", [(256, False), (200, False), (200, True), (256, True)])
 def test_attention(source, sequence, causal):
@@ -108,6 +133,18 @@ def test_linear_of_tensor_maps(rows, width, out, tile):
     assert forward.counts.operations == 2 * m * n * tile[0] * tile[1] * ceil(width, 64) * 64
     assert forward.counts.copied_bytes == 2 * width * (rows * n + out * m)
     assert forward.counts.loaded_bytes == 0
+
+
+@pytest.mark.parametrize("rows,width,out", [(100, 200, 136), (130, 72, 264), (300, 256, 512)])
+def test_linear_of_tensor_maps_in_cuda(rows, width, out):
+    """For sm_90a: tiles of 128 x 128 or 256, steps of 64; boxes of 64 x 64, or those of 128 rows."""
+    given = [torch.randn(n, dtype=F16) for n in ((rows, width), (out, width))]
+    forward = launches_of("cuda sm_90", lambda x, w: ops.linear(x, w), *given)[0]
+    counts, tile = forward.counts, 256 if "HopperTileILi256E" in forward.kernel else 128
+    m, n, steps = ceil(rows, 128), ceil(out, tile), ceil(width, 64)
+    assert counts.operations == 2 * m * n * 128 * tile * steps * 64
+    assert counts.copied_bytes == 2 * width * (rows * n + out * m)
+    assert counts.loaded_bytes == counts.conflicts_in_main_loops == 0
 
 
 @pytest.mark.parametrize("source", ["cuda", "triton"])

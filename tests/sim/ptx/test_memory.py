@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from ptx.checks import wavefronts_of_units
 from ptx.faults import Fault
 from ptx.parse import PtxError
 from ptx.testing import aligned, kernel, launch
@@ -13,7 +14,7 @@ TILE = ".shared .align 16 .b8 tile[512];"
 PLACES = "mov.u32 %r6, tile; shl.b32 %r7, %r0, 2; add.s32 %r4, %r6, %r7; add.s32 %r7, %r7, 4; and.b32 %r7, %r7, 511; add.s32 %r5, %r6, %r7;"  # noqa: E501
 
 
-@pytest.mark.parametrize("space", ["global", "shared"])
+@pytest.mark.parametrize("space", ["global", "shared", "volatile.global"])
 @pytest.mark.parametrize("type_name", ["b8", "u16", "b16", "b32", "f32", "u64", "b64"])
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_vectors(space, type_name, count):
@@ -30,8 +31,9 @@ def test_vectors(space, type_name, count):
         between = f"mov.u32 %r12, tile; mad.lo.s32 %r12, %r0, {size * count}, %r12;"
         between += f"st.shared.{access} [%r12], {{{registers}}};"
         between += f"mov.b{max(size, 2) * 8} %{letter}5, 0; ld.shared.{access} {{{registers}}}, [%r12];"
+    load = "global" if space == "shared" else space
     body = f"""mul.wide.u32 %d3, %r0, {size * count}; add.s64 %d2, %d0, %d3; add.s64 %d3, %d1, %d3;
-        ld.global.{access} {{{registers}}}, [%d2]; {between} st.global.{access} [%d3], {{{registers}}};"""
+        ld.{load}.{access} {{{registers}}}, [%d2]; {between} st.global.{access} [%d3], {{{registers}}};"""
     counts = launch(kernel(body, 2, TILE), x, out)
     assert np.array_equal(out, x)
     assert counts.loaded_bytes == counts.stored_bytes == x.size
@@ -71,6 +73,12 @@ def test_bank_conflicts(stride, size, conflicts):
     counts = launch(kernel(body, 0, ".shared .align 16 .b8 tile[4400];"))
     assert sum(counts.conflicts.values()) == conflicts
     assert counts.wavefronts == max(size // 4, 1) + conflicts
+
+
+@pytest.mark.parametrize("stride,count", [(16, 1), (32, 2), (80, 1), (128, 8), (0, 8)])
+def test_bank_conflicts_of_units(stride, count):
+    """Of 8 times 16 bytes: banks are 8 of these."""
+    assert wavefronts_of_units(np.arange(3)[:, None] * 48 + np.arange(8) * stride) == (3 * count, 3)
 
 
 class TestCopies:
@@ -213,6 +221,51 @@ class TestSharedMemory:
         launch(kernel(f"{PLACES} {copy} bar.sync 0; ld.shared.b32 %r8, [%r5];", 1, TILE), np.zeros(4), threads=128)
         with pytest.raises(Fault, match="race: .* reads what warp 1 wrote"):
             launch(kernel(f"{PLACES} {copy} ld.shared.b32 %r8, [%r5];", 1, TILE), np.zeros(4), threads=128)
+
+
+class TestLanesOfAWarp:
+    """%r4: the lane's own place, %r5: its neighbour's."""
+
+    PLACES = "mov.u32 %r6, tile; mad.lo.s32 %r4, %r0, 4, %r6; xor.b32 %r5, %r0, 1; mad.lo.s32 %r5, %r5, 4, %r6;"
+    RACES = {
+        "read after write": ("st.shared.b32 [%r4], %r0;", "ld.shared.b32 %r8, [%r5];", "reads what .* wrote"),
+        "write after read": (
+            "st.shared.b32 [%r4], %r0; bar.sync 0; ld.shared.b32 %r8, [%r4];",
+            "add.s32 %r8, %r8, 1; st.shared.b32 [%r5], %r8;",
+            "writes where .* read",
+        ),
+        "write after reads": (
+            "mov.u32 %r8, 1; st.shared.b32 [%r4], %r0; bar.sync 0; ld.shared.b32 %r8, [%r6];",
+            "setp.eq.u32 %p0, %r0, 0; @%p0 st.shared.b32 [%r6], %r3;",
+            "writes where .* read",
+        ),
+        "write after write": (
+            "st.shared.b32 [%r4], %r0;",
+            "add.s32 %r8, %r0, 50; st.shared.b32 [%r5], %r8;",
+            "writes where .* wrote",
+        ),
+        "ldmatrix after write": (
+            "st.shared.b32 [%r4], %r0;",
+            "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r8}, [%r6];",
+            "reads what .* wrote",
+        ),
+    }
+
+    @pytest.mark.parametrize("name", RACES)
+    def test_races(self, name):
+        before, after, message = self.RACES[name]
+        launch(kernel(f"{self.PLACES} {before} bar.warp.sync -1; {after}", 0, TILE))
+        launch(kernel(f"{self.PLACES} {before} bar.sync 0; {after}", 0, TILE))
+        for between in ("", "vote.sync.any.pred %p1, %p1, -1;"):  # it waits for the others, but orders no memory
+            with pytest.raises(Fault, match=f"race: .*{message.replace('.*', 'another lane of its warp')}"):
+                launch(kernel(f"{self.PLACES} {before} {between} {after}", 0, TILE))
+
+    def test_its_own(self):
+        """What the lane itself wrote and read, or all lanes write alike, or ldmatrix has read for all."""
+        own = "st.shared.b32 [%r4], %r0; ld.shared.b32 %r8, [%r4]; st.shared.b32 [%r4], %r8;"
+        alike = "bar.warp.sync -1; st.shared.b32 [%r6], %r3; st.shared.b32 [%r6], %r3;"
+        read = "bar.warp.sync -1; ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r8}, [%r6]; st.shared.b32 [%r5], %r0;"
+        launch(kernel(f"{self.PLACES} {own} {alike} {read}", 0, TILE))
 
 
 class TestGlobalMemory:

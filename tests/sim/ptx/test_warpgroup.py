@@ -152,6 +152,8 @@ def multiply(
         wanted = wanted - c
     assert np.array_equal(d, wanted[where])
     assert counts.mma == {opcode: 4 * steps} and counts.operations == 2 * 64 * columns * depth * steps
+    read = 32 * steps * (columns + 64 * (a_width is not None))  # bytes, 128 at a time; and those of the copy
+    assert 128 * counts.wavefronts == read + start and not counts.conflicts
 
 
 class TestProducts:

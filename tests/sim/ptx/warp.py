@@ -167,7 +167,13 @@ def _elect(instruction: Instruction) -> Step:
 def _bar_warp_sync(instruction: Instruction) -> Step:
     (member,) = instruction.operands
     read = reader(member, "b32", instruction)
-    return lambda team, mask: members(team, mask, read(team), instruction.opcode)
+
+    def step(team: Team, mask: np.ndarray | None) -> None:
+        members(team, mask, read(team), instruction.opcode)
+        rows = np.unique(team.chosen(mask) >> 5)
+        team.batch.clocks[team.block[rows], team.warp[rows], team.warp[rows]] += 1
+
+    return step
 
 
 for _mode in ("up", "down", "bfly", "idx"):

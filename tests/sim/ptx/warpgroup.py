@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .checks import wavefronts_of_units
 from .faults import Fault
-from .memory import shared_places
+from .memory import note_conflicts, shared_places
 from .parse import Immediate, Instruction, Pair, PtxError, Register, Vector
 from .table import Decode, Step, vector
 from .tensor_core import LANES, as_bf16, as_f16, as_tf32, place_a
@@ -84,6 +85,12 @@ class Kind:
         if transposed:
             return descriptor.places_transposed(rows, self.depth)
         return descriptor.places(rows, 4 * self.depth // self.pair)
+
+    def cores(self, places: np.ndarray, transposed: bool) -> np.ndarray:
+        """(core matrices, 8): which units are read together."""
+        if transposed:
+            return places.reshape(-1, 8)
+        return places.reshape(-1, 8, places.shape[1]).swapaxes(1, 2).reshape(-1, 8)
 
     def matrix(self, units: np.ndarray, transposed: bool) -> np.ndarray:
         """(..., units of 16 bytes as `places` says, 16) -> (rows, depth)"""
@@ -304,10 +311,15 @@ def _mma_async(columns: int, depth: int, pair: int, numbers) -> Decode:
                 as_ = _uniform(team, read_descriptor(team), warps, "matrix descriptors").tolist()
             read = []
             for row, a_bits, b_bits, adding in zip(warps.tolist(), as_, bs, add.tolist(), strict=True):
-                shared = [kind.places(b_bits, np.arange(columns), kind.transposed_b)]
+                b_places = kind.places(b_bits, np.arange(columns), kind.transposed_b)
+                cores = [kind.cores(b_places, kind.transposed_b)] if team.warp[row] % 4 == 0 else []  # once for all
+                addresses = b_places.ravel()
                 if not from_registers:
-                    shared.append(kind.places(a_bits, own_rows(team, row), kind.transposed_a))
-                addresses = np.concatenate([x.ravel() for x in shared])
+                    a_places = kind.places(a_bits, own_rows(team, row), kind.transposed_a)
+                    cores.append(kind.cores(a_places, kind.transposed_a))
+                    addresses = np.concatenate([addresses, a_places.ravel()])
+                for units in cores:
+                    note_conflicts(team, instruction, *wavefronts_of_units(units))
                 threads = np.full(len(addresses), row * 32)
                 places = shared_places(team, threads, addresses, UNIT)
                 read.append(team.batch.shadow.begin_read(team, threads, places, UNIT))

@@ -1,6 +1,6 @@
 """Planted mistakes that the tests on the simulator must find (docs/sim.md): do the tests test?
 
-    python tests/sim/mutations.py [--only WORD] [--missing] [--write]
+    python tests/sim/cuda_mutations.py [--only WORD] [--missing] [--write]
 
 Each mistake goes into a copy of csrc/cuda. The tests run on it in one layer after the other until one fails: as the
 threads come, in reverse with lazy copies, under AddressSanitizer, under ThreadSanitizer; in each of them they pass
@@ -22,7 +22,7 @@ from typing import Annotated
 
 import build_sim
 import typer
-from mistakes import MISTAKES
+from cuda_mistakes import MISTAKES
 
 ROOT = build_sim.ROOT
 CUDA = ROOT / "csrc" / "cuda"

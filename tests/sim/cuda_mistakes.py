@@ -1,4 +1,4 @@
-"""The mistakes that mutations.py plants: (tests, compiled file, changed file, function) -> {mistake: (text, wrong)}.
+"""What cuda_mutations.py plants: (tests, compiled file, changed file, function) -> {mistake: (text, wrong text)}.
 
 The tests are arguments of pytest: the fewest that are to find the mistakes of that place.
 """
