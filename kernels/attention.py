@@ -308,8 +308,9 @@ class Call:
 
     @property
     def precision(self) -> str:
-        """`float32_precision`, but "ieee" for heads above 128, where "tf32x3" spills its registers."""
-        return "ieee" if self.padded_size > 128 else float32_precision()
+        """`float32_precision`, but "ieee" where "tf32x3" would spill its registers: for heads above 128 and crowded
+        calls."""
+        return "ieee" if self.padded_size > 128 or self.is_crowded else float32_precision()
 
     @property
     def key(self) -> dict:
@@ -320,6 +321,18 @@ class Call:
     @property
     def has_dropout(self) -> bool:
         return self.arguments["seed"] is not None
+
+    @property
+    def is_crowded(self) -> bool:
+        """Do several of what takes registers beside the tiles come together?"""
+        mask = self.arguments["mask"]
+        takes_registers = (
+            mask is not None and (mask.data.dtype != torch.bool or self.arguments["MASK_PER_QUERY"]),
+            self.arguments["groups"] > 1,
+            self.has_dropout,
+            len(self.arguments["BLOCKS_D"]) > 1 or len(self.arguments["BLOCKS_DV"]) > 1,
+        )
+        return sum(takes_registers) > 1
 
 
 # Not to be compiled anew for: pass to @triton.jit(do_not_specialize=VARYING).

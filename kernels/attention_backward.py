@@ -318,36 +318,43 @@ def grad_query_kernel(
 
 # By kind of GPU and padded head size, the larger one of key and value: (BLOCK_M, BLOCK_N, num_warps). With dropout
 # where it has no row of its own, too. Best guess first, unmeasured: the largest tiles whose registers don't spill.
-# The last one has room for the loop over a group of heads and for a mask of each query's own.
+# The last one has room for the loop over a group of heads and for a mask of each query's own; a row "crowded" for more
+# than one of what Call.is_crowded names.
 _Tiles = dict[str, dict[int, list[tuple[int, int, int]]]]
 _KEY_VALUE: _Tiles = {
     "sm_80": {64: [(32, 128, 8), (16, 64, 4), (16, 64, 8)], 128: [(16, 128, 8), (32, 64, 8)], 256: [(16, 32, 8)]},
     "sm_80 dropout": {64: [(16, 128, 8), (16, 64, 8)], 128: [(32, 64, 8), (16, 64, 8)], 256: [(16, 32, 8)]},
-    "sm_90": {64: [(64, 128, 8), (32, 128, 8)], 128: [(32, 128, 8), (16, 128, 8)], 256: [(16, 128, 8), (16, 64, 8)]},
+    "sm_80 crowded": {64: [(16, 64, 8)], 128: [(16, 64, 8)], 256: [(16, 32, 8)]},
+    "sm_90": {64: [(64, 128, 8), (32, 128, 8)], 128: [(32, 128, 8), (16, 128, 8)], 256: [(16, 128, 8), (16, 32, 8)]},
     "sm_90 dropout": {64: [(32, 128, 8), (16, 128, 8)], 128: [(32, 128, 8), (16, 64, 8)], 256: [(16, 128, 8)]},
     "sm_100": {64: [(32, 128, 8), (16, 128, 8)], 128: [(16, 128, 8), (16, 32, 8)], 256: [(16, 128, 8)]},
     "sm_120": {64: [(32, 128, 8), (16, 64, 4)], 128: [(32, 64, 8), (16, 64, 8)], 256: [(16, 32, 8)]},
     "sm_120 dropout": {64: [(16, 64, 4), (16, 64, 8)], 128: [(32, 64, 8), (16, 64, 8)], 256: [(16, 32, 8)]},
+    "sm_120 crowded": {64: [(16, 64, 8)], 128: [(16, 64, 8)], 256: [(16, 32, 8)]},
     "gfx9": {64: [(32, 64, 4), (16, 64, 4)], 128: [(16, 64, 8)], 256: [(16, 32, 4)]},
     "gfx11": {64: [(16, 32, 4)], 128: [(16, 32, 8)], 256: [(16, 32, 8)]},
     "gfx11 dropout": {64: [(16, 32, 4)], 128: [(16, 32, 8)], 256: [(16, 16, 4)]},
     "float32": {64: [(16, 32, 8)], 128: [(16, 32, 8)], 256: [(16, 16, 8)]},
+    "float32 crowded": {64: [(16, 16, 4)], 128: [(16, 32, 8)], 256: [(16, 16, 8)]},
     "tf32x3": {64: [(16, 32, 8)], 128: [(16, 16, 8)]},
     "gfx9 float32": {64: [(16, 64, 4), (16, 32, 4)], 128: [(16, 32, 4)], 256: [(16, 16, 4)]},
     "gfx11 float32": {64: [(16, 16, 8)], 128: [(16, 32, 8), (16, 16, 8)], 256: [(16, 16, 8)]},
 }
 _QUERY: _Tiles = {
-    "sm_80": {64: [(128, 64, 8), (64, 64, 4)], 128: [(128, 32, 8), (64, 64, 8)], 256: [(32, 64, 8)]},
+    "sm_80": {64: [(128, 64, 8), (64, 64, 8)], 128: [(128, 32, 8), (64, 64, 8)], 256: [(32, 64, 8)]},
     "sm_80 dropout": {64: [(128, 64, 8), (64, 64, 8)], 128: [(64, 64, 8)], 256: [(32, 64, 8)]},
+    "sm_80 crowded": {64: [(64, 32, 4)], 128: [(64, 32, 8)], 256: [(32, 32, 8)]},
     "sm_90": {64: [(128, 64, 8), (64, 64, 4)], 128: [(128, 64, 8), (64, 64, 4)], 256: [(32, 64, 8)]},
     "sm_100": {64: [(64, 64, 4)], 128: [(64, 64, 8)], 256: [(32, 64, 8)]},
     "sm_100 dropout": {64: [(128, 64, 8), (64, 64, 4)], 128: [(64, 64, 8)], 256: [(32, 64, 8)]},
     "sm_120": {64: [(128, 64, 8), (64, 64, 4)], 128: [(128, 32, 8), (64, 64, 8)], 256: [(32, 64, 8)]},
     "sm_120 dropout": {64: [(128, 32, 8), (64, 64, 8)], 128: [(64, 64, 8)], 256: [(32, 64, 8)]},
+    "sm_120 crowded": {64: [(64, 32, 4)], 128: [(64, 32, 8)], 256: [(32, 32, 8)]},
     "gfx9": {64: [(64, 64, 4)], 128: [(64, 64, 4)], 256: [(32, 32, 4)]},
     "gfx11": {64: [(64, 16, 4)], 128: [(64, 32, 8), (32, 16, 4)], 256: [(32, 16, 4), (16, 16, 8)]},
     "float32": {64: [(64, 32, 8), (32, 32, 8)], 128: [(16, 64, 8), (16, 32, 8)], 256: [(16, 16, 8)]},
     "float32 dropout": {64: [(32, 64, 8), (16, 64, 8)], 128: [(16, 64, 8), (16, 32, 8)], 256: [(16, 16, 8)]},
+    "float32 crowded": {64: [(16, 32, 8)], 128: [(16, 16, 8)], 256: [(16, 16, 8)]},
     "tf32x3": {64: [(32, 16, 8)], 128: [(16, 16, 8)]},
     "gfx9 float32": {64: [(32, 32, 4), (16, 32, 4)], 128: [(16, 32, 4)], 256: [(16, 16, 4)]},
     "gfx11 float32": {64: [(16, 16, 8)], 128: [(16, 32, 8), (16, 16, 8)], 256: [(16, 16, 8)]},
@@ -371,14 +378,27 @@ def _configs(call: Call, table: _Tiles) -> list[Config]:
     kind = _kind(call)
     size = max(call.padded_size, 64)
     tiles = table.get(kind + " dropout" * call.has_dropout, table[kind])[size]
-    crowded = call.arguments["groups"] > 1 or call.arguments["MASK_PER_QUERY"]
-    if crowded:
+    several = call.arguments["groups"] > 1 or call.arguments["MASK_PER_QUERY"]
+    if several:
         tiles = tiles[-1:]
     exact = call.dtype == torch.float32
     amd = target().startswith("gfx")
     narrow = size == 256 and shared_memory(target()) < 128 * 1024
-    one_stage = (narrow and not exact) or (amd and (exact or kind == "gfx11")) or (crowded and call.has_dropout)
+    one_stage = (narrow and not exact) or (amd and (exact or kind == "gfx11")) or (several and call.has_dropout)
+    if _is_crowded(call):
+        tiles, one_stage = table[kind + " crowded"][size], not exact or size == 256
     return [Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps, 1 if one_stage else 2) for m, n, num_warps in tiles]
+
+
+def _is_crowded(call: Call) -> bool:
+    return call.is_crowded and f"{_kind(call)} crowded" in _KEY_VALUE
+
+
+def _hoists(call: Call) -> bool:
+    """May operands that stay be in registers throughout? RDNA's lanes have no room for them, nor have crowded calls in
+    16 bits, but for those with dropout: there it is the other way that spills."""
+    crowded = _is_crowded(call) and call.dtype != torch.float32 and not call.has_dropout
+    return not (target().startswith("gfx1") or crowded)
 
 
 def _columns(call: Call) -> int:
@@ -398,7 +418,7 @@ def attention_backward(
     """Writes the gradients, which have the shapes of query, key and value."""
     key = {
         **call.key, "dropout": call.has_dropout, "grouped": call.arguments["groups"] > 1,
-        "dense_mask": call.arguments["MASK_PER_QUERY"],
+        "dense_mask": call.arguments["MASK_PER_QUERY"], "crowded": call.is_crowded,
     }  # fmt: skip
     delta = torch.empty_like(lse)
     call, grad_output = with_aligned_rows(call), aligned_rows(grad_output)
@@ -408,7 +428,7 @@ def attention_backward(
         "lse": row_statistics(lse),
         "delta": row_statistics(delta),
         "PRECISION": call.precision,
-        "HOIST": not target().startswith("gfx1"),  # operands that stay: RDNA's lanes have no room for them
+        "HOIST": _hoists(call),
     }
     block = 16 if call.padded_size > 128 else 32
     tiles = triton.cdiv(call.max_queries, block)

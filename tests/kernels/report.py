@@ -67,13 +67,19 @@ def main(
     cases = (pairs if paired else calls).cases(target or TARGETS)
     chosen = [(t, name, k) for t, name, k in cases if call in name and kind in k]
     limits = budgets.load()
-    table, rows, failures = Table(*HEADER, "faults"), [], 0
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    table, rows, failures = Table(*HEADER), [], 0
+
+    def fault(*what: str) -> None:
+        nonlocal failures
+        failures += 1
+        console.print(", ".join(what), style="red", markup=False, highlight=False)
+
     with ProcessPoolExecutor(jobs) as pool:
-        results = pool.map(compiled, chosen)
-        for (t, name, k), kernels in zip(chosen, track(results, "compiling", len(chosen)), strict=True):
+        results = track(pool.map(compiled, chosen), "compiling", len(chosen), console=console)
+        for (t, name, k), kernels in zip(chosen, results, strict=True):
             if isinstance(kernels, str):
-                failures += 1
-                table.add_row(name, k, t, "-", *7 * [""], f"[red]{kernels.strip()[-2000:]}")
+                fault(t, k, name, f"not compiled\n{kernels.strip()[-2000:]}")
                 continue
             if set_budgets:
                 entry = {kernel: budgets.budget_of(facts) for kernel, facts in kernels.items()}
@@ -81,10 +87,13 @@ def main(
             for kernel, facts in kernels.items():
                 limit = limits.get(name, {}).get(k, {}).get(t, {}).get(kernel)
                 found = budgets.faults(t, k, facts, limit) + ([] if limit or paired else ["no budget"])
-                failures += bool(found)
+                if found:
+                    fault(t, k, name, kernel, "; ".join(found))
                 rows.append(row(t, name, k, kernel, facts))
-                table.add_row(*rows[-1], f"[red]{'; '.join(found)}")
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+                table.add_row(*rows[-1])
+    if not paired or call:
+        console.print(table)
+    console.print(f"{len(chosen)} calls, {len(rows)} kernels, {failures} faults")
     if set_budgets and not paired:
         budgets.save(limits)
     if not (paired or target or call or kind):
