@@ -17,7 +17,7 @@ FAST = {  # those that `make test` runs
 }
 KNOWN = {  # what fails, and why
     (source, "decode", "float32"): pytest.mark.xfail(
-        reason="gradients of key and value: a score is 64 multiply-adds one after another, eager's product of one row adds "
+        reason="gradients of key and value: a score is 64 multiply-adds one after another, eager adds for one row "
         "several columns at once on a CPU; docs/ptx.md has the errors",
         raises=AssertionError,
     )
