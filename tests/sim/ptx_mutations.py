@@ -53,7 +53,7 @@ CASES = {
     "attention_backward.py": ("attention, causal", "attention, mask"),
     "the backward's dropout counts key heads": ("attention, dropout",),
     "dropout is not in the gradient of the scores": ("attention, dropout",),
-    "the backward loses the mask": ("attention, mask",),
+    "the backward loses the mask": ("attention, float mask",),
     "norm.py": ("layer_norm",),
     "the residual is dropped": ("add_layer_norm",),
     "matmul.py: the residual is dropped": ("linear",),
@@ -143,9 +143,10 @@ def _found_by_triton(mutation: triton_mutations.Mutation) -> tuple[Call, str] | 
     failed = re.search(r"^FAILED (.*?\]) - (?:\w+\.)*(\w+): (.*)$", run.stdout, re.MULTILINE)
     if failed is None and run.returncode == 0:
         return None
-    if failed is None or failed[2] not in ("Fault", "AssertionError"):
+    if failed is None or failed[2] not in ("Fault", "AssertionError", "CompilationError"):
         raise RuntimeError(f"{mutation.what}: the tests did not run\n{run.stdout}\n{run.stderr}")
-    return next(call for call in calls if _test(call) == failed[1]), failed[3]
+    call = next(call for call in calls if _test(call) == failed[1])
+    return call, "Triton's compiler refuses it" if failed[2] == "CompilationError" else failed[3]
 
 
 def _found_by_cuda(mutation: cuda_mutations.Mutation) -> tuple[Call, str] | None:

@@ -155,8 +155,8 @@ def far(op: Callable, name: str, given: dict[str, torch.Tensor], dim: int) -> No
     assert torch.equal(*results), "far apart, the bits are others"
 
 
-def far_key(dtype: torch.dtype) -> None:
-    far(ops.scaled_dot_product_attention, "key", tensors(1, 1, 40, 3, 16, 16, dtype), dim=2)
+def far_query(dtype: torch.dtype) -> None:
+    far(ops.scaled_dot_product_attention, "query", tensors(1, 1, 3, 40, 16, 16, dtype), dim=2)
 
 
 def far_input(dtype: torch.dtype) -> None:
@@ -198,14 +198,14 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "attention, causal": partial(attention, heads=2, queries=200, keys=200, size=64, kv_heads=1, is_causal=True),
     "attention, ragged": partial(attention, heads=1, queries=75, keys=301, size=80),
     # The last key that the last row of a tile sees is the first of its tile.
-    "attention, window": partial(attention, heads=1, queries=128, keys=129, size=16, window_size=(-1, 0)),
+    "attention, window": partial(attention, heads=1, queries=128, keys=129, size=16, window_size=(3, 0)),
     "attention, mask": masked,
     "attention, float mask": lambda dtype: attention(dtype, 1, 70, 150, 64, mask=torch.randn(70, 150)),
     "attention, padding": padded,
     "attention, dropout": partial(attention, heads=4, queries=70, keys=150, size=64, kv_heads=2, dropout_p=0.2),
     "attention, not finite": not_finite,
     "attention, nothing seen": nothing_seen,
-    "attention, far apart": far_key,
+    "attention, far apart": far_query,
     "attention, wide": partial(attention, heads=1, queries=40, keys=140, size=128, is_causal=True),
     "attention, widest": partial(attention, heads=1, queries=40, keys=70, size=256),
     "decode": partial(attention, heads=4, queries=1, keys=1000, size=64, kv_heads=2),
