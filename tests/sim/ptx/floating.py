@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -13,8 +14,8 @@ TABLE: dict[str, Alu] = {}
 SMALLEST = np.float32(2**-126)  # a subnormal number is less
 
 
-def add(opcode: str, result: str, sources: str, function: Callable, wider: bool = False) -> None:
-    TABLE[opcode] = Alu((result,), tuple(sources.split()), function, wider)
+def add(opcode: str, result: str, sources: str, function: Callable, wider: bool = False, optional: int = 0) -> None:
+    TABLE[opcode] = Alu((result,), tuple(sources.split()), function, wider, optional)
 
 
 def flush(x: np.ndarray) -> np.ndarray:
@@ -63,18 +64,18 @@ def fma_down(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 
 
 def _sign_aware(function: Callable, of_zeros: Callable) -> Callable:
-    """min and max: the other number where one is NaN; -0 is less than +0."""
+    """min and max: the other numbers where one is NaN; -0 is less than +0."""
 
-    def result(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    def of_two(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         chosen = function(a, b)
         zeros = of_zeros(a.view(np.uint32), b.view(np.uint32)).view(np.float32)
         return np.where((a == 0) & (b == 0), zeros, chosen)
 
-    return result
+    return lambda *x: functools.reduce(of_two, x)
 
 
 def or_nan(function: Callable) -> Callable:
-    return lambda a, b: np.where(np.isnan(a) | np.isnan(b), np.float32(np.nan), function(a, b))
+    return lambda *x: np.where(functools.reduce(np.logical_or, map(np.isnan, x)), np.float32(np.nan), function(*x))
 
 
 def flip_sign(x: np.ndarray) -> np.ndarray:
@@ -136,8 +137,8 @@ def _astype(dtype: np.dtype) -> Callable:
     return lambda x: x.astype(dtype)
 
 
-_MIN = _sign_aware(np.fmin, np.bitwise_or)
-_MAX = _sign_aware(np.fmax, np.bitwise_and)
+least = _sign_aware(np.fmin, np.bitwise_or)
+greatest = _sign_aware(np.fmax, np.bitwise_and)
 _DIVIDE = in_double(np.divide)
 _INVERT = in_double(np.reciprocal)
 
@@ -145,8 +146,6 @@ for _name, _function, _sources in (
     ("add", np.add, "f32 f32"),
     ("sub", np.subtract, "f32 f32"),
     ("mul", np.multiply, "f32 f32"),
-    ("min", _MIN, "f32 f32"),
-    ("max", _MAX, "f32 f32"),
     ("fma.rn", fma, "f32 f32 f32"),
     ("neg", flip_sign, "f32"),
     ("abs", np.abs, "f32"),
@@ -155,12 +154,15 @@ for _name, _function, _sources in (
     add(f"{_name}.ftz.f32", "f32", _sources, flushed(_function))
 for _name in ("add", "sub", "mul"):
     add(f"{_name}.rn.f32", "f32", "f32 f32", TABLE[f"{_name}.f32"].function)
-    add(f"{_name}.f32x2", "f32x2", "f32x2 f32x2", of_f32x2(TABLE[f"{_name}.f32"].function))
+    for _rounding in ("", ".rn"):
+        add(f"{_name}{_rounding}.f32x2", "f32x2", "f32x2 f32x2", of_f32x2(TABLE[f"{_name}.f32"].function))
     add(f"{_name}.f64", "f64", "f64 f64", TABLE[f"{_name}.f32"].function)
 add("fma.rn.f32x2", "f32x2", "f32x2 f32x2 f32x2", of_f32x2(fma))
 add("fma.rm.f32", "f32", "f32 f32 f32", fma_down)
-add("min.NaN.f32", "f32", "f32 f32", or_nan(_MIN))
-add("max.NaN.f32", "f32", "f32 f32", or_nan(_MAX))
+for _name, _function in (("min", least), ("max", greatest)):  # of three on sm_100
+    add(f"{_name}.f32", "f32", "f32 f32 f32", _function, optional=1)
+    add(f"{_name}.ftz.f32", "f32", "f32 f32 f32", flushed(_function), optional=1)
+    add(f"{_name}.NaN.f32", "f32", "f32 f32 f32", or_nan(_function), optional=1)
 add("copysign.f32", "f32", "f32 f32", lambda a, b: np.copysign(b, a))  # the sign of a, the size of b
 # Exact to a rounding; the approximations of a GPU (.approx, .full) are a unit or two in the last place worse.
 add("div.rn.f32", "f32", "f32 f32", _DIVIDE)

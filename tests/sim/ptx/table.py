@@ -26,15 +26,16 @@ class Alu:
     sources: tuple[str, ...]
     function: Callable
     wider: bool = False  # may the registers be wider than the types?
+    optional: int = 0  # of the last sources
 
     def __call__(self, instruction: Instruction) -> Step:
-        if len(instruction.operands) != 1 + len(self.sources):
+        if not -self.optional <= len(instruction.operands) - 1 - len(self.sources) <= 0:
             raise PtxError(f"{instruction}: {len(instruction.operands)} operands")
         result, *sources = instruction.operands
         if len(self.results) == 2:
             return self._of_two(result, sources, instruction)
         write = writer(result, self.results[0], instruction, self.wider)
-        read = [reader(x, t, instruction, self.wider) for x, t in zip(sources, self.sources, strict=True)]
+        read = [reader(x, t, instruction, self.wider) for x, t in zip(sources, self.sources, strict=not self.optional)]
         function = self.function
         if len(read) == 1:
             (a,) = read

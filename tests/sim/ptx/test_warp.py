@@ -61,6 +61,31 @@ def test_reductions(name, type_name):
     assert found.tolist() == np.repeat(wanted, 32).tolist()
 
 
+@pytest.mark.parametrize("opcode", ["min.f32", "max.f32", "min.NaN.f32", "max.NaN.f32"])
+@pytest.mark.parametrize("member", [FULL, 0x00FFFF00])
+def test_reductions_of_floats(opcode, member):
+    """-0 is less than +0; NaN is left out, unless there is nothing else, or wanted."""
+    x = RNG.normal(0, 1, 256).astype(np.float32)
+    x[32:64], x[40] = 0, -0.0
+    x[100], x[128:160] = np.nan, np.nan
+    lanes = np.array([member >> i & 1 for i in range(32)], np.bool_)
+    text = f"redux.sync.{opcode} D0, A, {member:#x}"
+    if member == FULL:
+        (found,) = compute(text, ["b32"], ["b32"], x.view(np.uint32))
+    else:
+        guarded = np.tile(lanes, 8)
+        (found,) = compute(f"@B {text}", ["b32"], ["b32", "pred"], x.view(np.uint32), guarded)
+    for row, got in zip(x.reshape(-1, 32), found.view(np.float32).reshape(-1, 32), strict=True):
+        taken = row[lanes]
+        known = [float(y) for y in taken if not np.isnan(y)]
+        if not known or ("NaN" in opcode and len(known) < len(taken)):
+            assert np.isnan(got[lanes]).all()
+        else:
+            choose = min if opcode.startswith("min") else max
+            wanted = choose(known, key=lambda y: (y, np.copysign(1, y)))
+            assert (got[lanes] == wanted).all() and (np.signbit(got[lanes]) == np.signbit(wanted)).all()
+
+
 def test_votes():
     p = np.concatenate([np.zeros(32), np.ones(32), RNG.integers(0, 2, 192)]).astype(np.uint8)
     rows = p.reshape(-1, 32).tolist()
@@ -277,6 +302,7 @@ class TestLdmatrix:
 def test_every_instruction_is_tested():
     named = {F16, BF16, TF32, "bar.warp.sync"} | {f"shfl.sync.{mode}.b32" for mode in ("up", "down", "bfly", "idx")}
     named |= {f"redux.sync.{name}.{t}32" for name in ("add", "min", "max") for t in "su"}
+    named |= {f"redux.sync.{name}{nan}.f32" for name in ("min", "max") for nan in ("", ".NaN")}
     named |= {"vote.sync.any.pred", "vote.sync.all.pred", "vote.sync.ballot.b32"}
     named |= {"elect.sync"} | {
         f"stmatrix.sync.aligned.m8n8.x{n}{t}.shared.b16" for n in (1, 2, 4) for t in ("", ".trans")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .faults import Fault
+from .floating import greatest, least, or_nan
 from .parse import Instruction, Pair, PtxError
 from .table import Decode, Step
 from .values import reader, writer
@@ -176,6 +177,10 @@ def _bar_warp_sync(instruction: Instruction) -> Step:
     return step
 
 
+def _of_lanes(function: Callable) -> Callable:
+    return lambda x: function(*x.T)
+
+
 for _mode in ("up", "down", "bfly", "idx"):
     TABLE[f"shfl.sync.{_mode}.b32"] = _shuffle(_mode)
 _INT = np.iinfo(np.int32)
@@ -185,6 +190,9 @@ TABLE["redux.sync.max.s32"] = _reduce("s32", np.int32(_INT.min), lambda x: x.max
 TABLE["redux.sync.add.u32"] = _reduce("u32", np.uint32(0), lambda x: x.sum(1, dtype=np.uint32))
 TABLE["redux.sync.min.u32"] = _reduce("u32", FULL, lambda x: x.min(1))
 TABLE["redux.sync.max.u32"] = _reduce("u32", np.uint32(0), lambda x: x.max(1))
+for _name, _function, _last in (("min", least, np.inf), ("max", greatest, -np.inf)):  # sm_100
+    TABLE[f"redux.sync.{_name}.f32"] = _reduce("f32", np.float32(np.nan), _of_lanes(_function))
+    TABLE[f"redux.sync.{_name}.NaN.f32"] = _reduce("f32", np.float32(_last), _of_lanes(or_nan(_function)))
 TABLE["vote.sync.any.pred"] = _vote("pred", lambda x, active: x.any(1))
 TABLE["vote.sync.all.pred"] = _vote("pred", lambda x, active: (x | ~active).all(1))
 TABLE["vote.sync.ballot.b32"] = _vote("b32", lambda x, active: (x * (np.uint32(1) << LANES)).sum(1, dtype=np.uint32))
