@@ -102,7 +102,8 @@ class FeedForward {
     const int64_t rows = first_.rows, hidden = first_.columns, blocks = blocks_, block_rows = (rows + blocks - 1) / blocks;
     const int64_t group_bytes = hidden_group_bytes(block_rows);
     const int64_t hidden_bytes = (quantized_bytes(block_rows, hidden) + 63) / 64 * 64;
-    const int64_t bytes = group_bytes + hidden_bytes + (wants_quantizing(first_) ? quantized_bytes(block_rows, first_.depth) : 0);
+    const int64_t input_bytes = wants_quantizing(first_) ? quantized_bytes(block_rows, first_.depth) : 0;
+    const int64_t bytes = group_bytes + hidden_bytes + input_bytes;
     phases.add(blocks, bytes, [=, first = first_, second = second_](int64_t block) {
       const int64_t begin = rows * block / blocks, end = rows * (block + 1) / blocks;
       char* memory = static_cast<char*>(scratch(bytes));

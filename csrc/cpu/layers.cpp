@@ -182,11 +182,13 @@ class Layers {
   // The new keys and values go behind the `past` ones of the cache, (sequences, heads, capacity, head_dim).
   void append(const Cache& cache, int64_t past) {
     const AttentionArgs& a = attention_;
-    const int64_t element = element_bytes(s_.dtype), bytes = a.head_dim * element, row_bytes = 3 * s_.width * element;
-    phases_.add_rows(a.sequences * a.heads, a.queries * a.head_dim, [=, qkv = qkv_, width = s_.width](int64_t begin, int64_t end) {
+    const int64_t width = s_.width, element = element_bytes(s_.dtype);
+    const int64_t bytes = a.head_dim * element, row_bytes = 3 * width * element;
+    const char* rows = qkv_;
+    phases_.add_rows(a.sequences * a.heads, a.queries * a.head_dim, [=](int64_t begin, int64_t end) {
       for (int64_t pair = begin; pair < end; ++pair) {
         const int64_t sequence = pair / a.heads, head = pair % a.heads;
-        const char* key = qkv + sequence * a.queries * row_bytes + width * element + head * bytes;
+        const char* key = rows + sequence * a.queries * row_bytes + width * element + head * bytes;
         const int64_t to = (sequence * a.key.sequence + head * a.key.head + past * a.key.row) * element;
         for (int64_t q = 0; q < a.queries; ++q, key += row_bytes) {
           std::memcpy(static_cast<char*>(cache.keys) + to + q * bytes, key, size_t(bytes));
