@@ -104,7 +104,7 @@ NOT_SEEN = {  # mistake -> why runs of the compiled kernels don't find it
     "TMA is given rows that are not aligned": "host code, which these runs take as it was built",
     "TMA is given a row that repeats": "host code, which these runs take as it was built",
     "a lane is ahead of its warp": "lanes that do not branch go in lock step",
-    "a tile of a wide head has the columns of the first": "no call here loads the tiles of a head in turns",
+    "a tile of a wide head has the columns of the first": "only RDNA's kernels, which are no PTX, load a head in turns",
 }
 
 
