@@ -10,6 +10,8 @@ from pathlib import Path
 import build_sim
 import pytest
 
+from build_backend import torch_folder
+
 HERE = Path(__file__).resolve().parent
 
 CAUGHT = {
@@ -103,7 +105,6 @@ class TestBankConflicts:
 
 SCRIPT = """
 import importlib.util, sys
-import torch
 spec = importlib.util.spec_from_file_location("fastformer_sim", sys.argv[1])
 sim = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sim)
@@ -140,6 +141,7 @@ def run(variant: str, *calls: str) -> subprocess.CompletedProcess:
     if not library.exists():
         pytest.skip(f"needs the simulator with sanitizers: python tests/sim/build_sim.py {variant}")
     environment = os.environ | build_sim.environment(variant)
+    environment["LD_LIBRARY_PATH"] = str(torch_folder() / "lib")  # importing torch under a sanitizer takes seconds
     command = [sys.executable, "-c", SCRIPT, str(library), *calls]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
