@@ -125,11 +125,14 @@ def scaled(tiles, factor):
 
 
 @triton.jit
-def dot_of_rows(a, b, PRECISION: tl.constexpr):
-    """(rows of a, rows of b)"""
+def dot_of_rows(a, b, PRECISION: tl.constexpr, APART: tl.constexpr = False):
+    """(rows of a, rows of b); where APART, each tile of columns is summed by itself."""
     product = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)
     for i in tl.static_range(1, len(a)):
-        product = tl.dot(a[i], tl.trans(b[i]), product, input_precision=PRECISION)
+        if APART:  # times 1, for an addition would be compiled to what is below
+            product = tl.fma(tl.dot(a[i], tl.trans(b[i]), input_precision=PRECISION), 1.0, product)
+        else:
+            product = tl.dot(a[i], tl.trans(b[i]), product, input_precision=PRECISION)
     return product
 
 

@@ -105,7 +105,7 @@ def grad_key_value_kernel(
     HEAD_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, BLOCKS_D: tl.constexpr, BLOCKS_DV: tl.constexpr,
     PART_SIZE: tl.constexpr, VALUE_PART_SIZE: tl.constexpr, BLOCKS_PART: tl.constexpr, BLOCKS_VALUE_PART: tl.constexpr,
     BANDED: tl.constexpr, MASK_PER_QUERY: tl.constexpr, RELOADS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HOIST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HOIST: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """dK and dV, or the columns of them that query_part and grad_output_part have: None where it is all."""
     program = tl.program_id(0)
@@ -187,7 +187,7 @@ def grad_key_value_kernel(
                             k_rows, key_index < keys, key, q_rows, q_inside, query, HEAD_SIZE, BLOCKS_D, PRECISION
                         )
                     else:
-                        scores = dot_of_rows(k, q, PRECISION)
+                        scores = dot_of_rows(k, q, PRECISION, APART)
                     scores *= scale * LOG2E  # (BLOCK_N, BLOCK_M)
                     if CHECKED:
                         scores = hide(scores, seen, values)
@@ -401,6 +401,16 @@ def _hoists(call: Call) -> bool:
     return not (target().startswith("gfx1") or crowded)
 
 
+_APART = Config({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=4, num_stages=1)
+
+
+def _sums_apart(call: Call) -> bool:
+    """Are scores sums of 16 columns each? Of a single query, eager's product adds several columns at once, too: one sum
+    over a whole head would be less exact."""
+    exact = call.dtype == torch.float32 and call.precision == "ieee" and not call.arguments["RELOADS"]
+    return exact and call.max_queries == 1 and call.arguments["HEAD_SIZE"] > 16
+
+
 def _columns(call: Call) -> int:
     """Of dK and dV, in one program: as many as the registers hold beside what gives the probabilities."""
     return 64 if call.padded_size > 128 and not call.arguments["RELOADS"] else 128
@@ -439,27 +449,34 @@ def attention_backward(
             a["total_queries"], tiles, call.heads, a["VALUE_SIZE"], a["BLOCKS_DV"], block,
         )  # fmt: skip
     columns = _columns(call)
-    config = pick("attention_grad_key_value", _configs(call, _KEY_VALUE), **key)
+    apart = _sums_apart(call)
+    configs = [_APART] if apart and target().startswith("sm_") else _configs(call, _KEY_VALUE)
+    config = pick("attention_grad_key_value", configs, **key, apart=apart)
     tiles = triton.cdiv(call.max_keys, config.tiles["BLOCK_N"])
     if programs := tiles * call.kv_heads * call.sequences:
         widest = max(call.arguments["HEAD_SIZE"], call.arguments["VALUE_SIZE"])
         alone = call.padded_size <= columns and not call.arguments["RELOADS"]
-        most = widest_tile(widest, call.dtype)
+        most = most_of_query = widest_tile(widest, call.dtype)
+        of_keys = arguments
+        if apart:
+            most_of_query = 16
+            of_keys = arguments | {"BLOCKS_D": head_blocks(call.arguments["HEAD_SIZE"], 16), "HOIST": False}
         for first in range(0, widest, columns):
             part = slice(first, first + columns)
             dk, dv = grad_key[..., part], grad_value[..., part]
             grad_key_value_kernel[(programs,)](
-                **arguments,
+                **of_keys,
                 grad_key=rows(dk),
                 grad_value=rows(dv),
                 query_part=None if alone else rows(call.arguments["query"].data[..., part]),
                 grad_output_part=None if alone else rows(grad_output[..., part]),
                 PART_SIZE=dk.shape[-1],
                 VALUE_PART_SIZE=dv.shape[-1],
-                BLOCKS_PART=head_blocks(dk.shape[-1], most),
+                BLOCKS_PART=head_blocks(dk.shape[-1], most_of_query),
                 BLOCKS_VALUE_PART=head_blocks(dv.shape[-1], most),
                 tiles=tiles,
                 kv_heads=call.kv_heads,
+                APART=apart,
                 **config.arguments(),
             )
     config = pick("attention_grad_query", _configs(call, _QUERY), **key)

@@ -77,6 +77,12 @@ def attention(
     train(ops.scaled_dot_product_attention(query, *key_value, **options), query, *key_value)
 
 
+def one_query(dtype: torch.dtype, size: int = 64, batch: int = 8, count: int = 12, keys: int = 512) -> None:
+    """As where one learned query sums a sequence up."""
+    query, *key_value = (heads(dtype, batch, count, n, size) for n in (1, keys, keys))
+    train(ops.scaled_dot_product_attention(query, *key_value), query, *key_value)
+
+
 def masked_attention(dtype: torch.dtype, mask_dtype: torch.dtype = torch.bool, sequence: int = 512, **options) -> None:
     mask = torch.empty(options.get("batch", 8), 1, 1, sequence, dtype=mask_dtype)
     attention(dtype, sequence=sequence, attn_mask=mask, **options)
@@ -121,6 +127,7 @@ CALLS: dict[str, Call] = {
     "attention 64, padding, dropout": lambda dtype: masked_attention(dtype, dropout_p=0.1),
     "attention 64, causal": lambda dtype: attention(dtype, is_causal=True, sequence=1024),
     "attention 64, float mask": lambda dtype: masked_attention(dtype, dtype),
+    "attention 64, one query": one_query,
     "attention 16": lambda dtype: attention(dtype, 16),
     "attention 32": lambda dtype: attention(dtype, 32),
     "attention 80, causal": lambda dtype: attention(dtype, 80, is_causal=True),

@@ -15,20 +15,6 @@ FAST = {  # those that `make test` runs
     ("triton sm_90", "linear", "bfloat16"),
     ("triton sm_90", "attention, causal", "float16"),
 }
-KNOWN = {  # what fails, and why
-    (source, "decode", "float32"): pytest.mark.xfail(
-        reason="gradients of key and value: a score is 64 multiply-adds one after another, eager adds for one row "
-        "several columns at once on a CPU; docs/ptx.md has the errors",
-        raises=AssertionError,
-    )
-    for source in ("triton", "triton sm_90", "triton sm_100")
-}
-
-
-def marks(*chosen: str) -> list:
-    return ([] if chosen in FAST else [pytest.mark.slow]) + ([KNOWN[chosen]] if chosen in KNOWN else [])
-
-
 # What only a few mistakes want (ptx_mutations.py) runs in one type.
 ONCE = {"layer_norm": ("two rows", "many rows", "wide"), "add_layer_norm": ("far apart",)}
 ONCE |= {"linear": ("deep", "relu at zero", "other strides", "far apart"), "linear_cross_entropy": ("split", "chunks")}
@@ -49,7 +35,7 @@ RUN = [
     ("triton sm_100", [case for case in CASES if case.startswith(("layer_norm", "add_"))], IN_16_BITS),
 ]
 ALL = [
-    pytest.param(source, case, dtype, marks=marks(source, case, dtype))
+    pytest.param(source, case, dtype, marks=() if (source, case, dtype) in FAST else pytest.mark.slow)
     for source, cases, dtypes in RUN
     for case in cases
     for dtype in dtypes
