@@ -124,7 +124,7 @@ def masked(dtype: torch.dtype) -> None:
 def padded(dtype: torch.dtype) -> None:
     """A mask of all queries, with holes in it."""
     mask = (torch.rand(300) < 0.8) & (torch.arange(300) < 270)
-    attention(dtype, 2, 140, 300, 64, mask=mask, draws=4 if dtype == F32 else 1)
+    attention(dtype, 2, 140, 300, 64, mask=mask)
 
 
 def not_finite(dtype: torch.dtype) -> None:
@@ -169,11 +169,9 @@ def far_residual(dtype: torch.dtype) -> None:
 
 
 def varlen(dtype: torch.dtype) -> None:
-    lengths = [70, 1, 0, 150]
-    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-    rows = sum(lengths)
-    given = {name: randn(rows, 2, 64, dtype=dtype) for name in ("query", "key", "value")}
-    options = {"cu_seq_q": bounds, "cu_seq_k": bounds, "max_q": 150, "max_k": 150, "window_size": (-1, 0)}
+    cu_seq_q, cu_seq_k = (torch.tensor(x, dtype=torch.int32) for x in ([0, 70, 71, 71, 151], [0, 70, 75, 78, 498]))
+    given = {name: randn(n, 2, 64, dtype=dtype) for name, n in (("query", 151), ("key", 498), ("value", 498))}
+    options = {"cu_seq_q": cu_seq_q, "cu_seq_k": cu_seq_k, "max_q": 80, "max_k": 420, "window_size": (-1, 0)}
     assert_op_close(partial(ops.varlen_attn, **options), partial(reference.varlen_attn, **options), given)
 
 
@@ -206,8 +204,8 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "attention, not finite": not_finite,
     "attention, nothing seen": nothing_seen,
     "attention, far apart": far_query,
-    "attention, wide": partial(attention, heads=1, queries=40, keys=140, size=128, is_causal=True),
-    "attention, widest": partial(attention, heads=1, queries=40, keys=70, size=256),
+    "attention, wide": partial(attention, heads=1, queries=72, keys=420, size=128, window_size=(-1, 0)),
+    "attention, widest": partial(attention, heads=1, queries=40, keys=140, size=256),
     "decode": partial(attention, heads=4, queries=1, keys=1000, size=64, kv_heads=2),
     "varlen_attn": varlen,
     "linear_cross_entropy": partial(linear_cross_entropy, rows=70, width=96, classes=272),

@@ -15,11 +15,6 @@ FAST = {  # those that `make test` runs
     ("triton sm_90", "linear", "bfloat16"),
     ("triton sm_90", "attention, causal", "float16"),
 }
-# What only a few mistakes want (ptx_mutations.py) runs in one type.
-ONCE = {"layer_norm": ("two rows", "many rows", "wide"), "add_layer_norm": ("far apart",)}
-ONCE |= {"linear": ("deep", "relu at zero", "other strides", "far apart"), "linear_cross_entropy": ("split", "chunks")}
-ONCE["attention"] = "long", "window", "padding", "dropout", "not finite", "nothing seen", "far apart", "widest"
-TYPE_OF = {f"{op}, {what}": "float32" if "norm" in op else "float16" for op, calls in ONCE.items() for what in calls}
 OF_CUDA = [case for case in CASES if not case.startswith("linear_cross_entropy") and case != "layer_norm, wide"]
 # On sm_90, CUDA has other kernels for products and attention's forward in 16 bits.
 OF_HOPPER = ["linear", "linear, ragged", "linear, deep", "linear, other strides", "feed_forward", "attention"]
@@ -39,7 +34,6 @@ ALL = [
     for source, cases, dtypes in RUN
     for case in cases
     for dtype in dtypes
-    if TYPE_OF.get(case, dtype) == dtype
 ]
 
 
