@@ -15,42 +15,22 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from mistakes import MISTAKES
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+import planted  # noqa: E402
+from mistakes import MISTAKES  # noqa: E402
+from planted import Mutation  # noqa: E402
+
 PAGE = ROOT / "docs" / "verification.md"
 SECONDS = 1200  # for the tests of one mistake
 
-
-@dataclass(frozen=True)
-class Mutation:
-    what: str
-    file: str  # in kernels/
-    function: str  # in which `old` stands once
-    old: str
-    new: str
-    tests: tuple[str, ...]  # in tests/
-
-    def apply(self, kernels: Path) -> None:
-        path = kernels / self.file
-        text = path.read_text()
-        begin = text.index(f"def {self.function}(")
-        following = re.search(r"\n(?=@triton|def |class |\w+ = )", text[begin:])
-        end = begin + following.start() if following else len(text)
-        function = text[begin:end]
-        if function.count(self.old) != 1:
-            times = function.count(self.old)
-            raise ValueError(f"{self.what}: {self.function} in {self.file} has {times} times {self.old!r}")
-        path.write_text(text[:begin] + function.replace(self.old, self.new) + text[end:])
-
-
 MUTATIONS = [
-    Mutation(what, file, function, old, new, tests)
+    Mutation(what, file, f"def {function}(", old, new, tests)
     for (tests, file, function), mistakes in MISTAKES.items()
     for what, (old, new) in mistakes.items()
 ]
@@ -92,38 +72,24 @@ def caught_by(mutation: Mutation) -> str | None:
     return failed[1] if failed else None
 
 
-BEGIN, END = "<!-- mutations -->\n", "<!-- end of mutations -->"
-
-
-def write_table(found: dict[tuple[str, str], str | None]) -> None:
-    """`found`: by file and mistake, the test that found it. The rows of other mistakes stay as they are."""
-    head, rest = PAGE.read_text().split(BEGIN)
-    table, tail = rest.split(END)
-    cells = (line.strip("| \n").split(" | ") for line in table.splitlines()[2:])
-    tests = {(file, what): test for file, what, test in cells}
-    tests |= {key: f"`{test.removeprefix('tests/')}`" if test else "nothing" for key, test in found.items()}
-    rows = [f"| {m.file} | {m.what} | {tests.get((m.file, m.what), 'not run')} |" for m in MUTATIONS]
-    lines = ["| file | mistake | found by |", "| --- | --- | --- |", *rows]
-    PAGE.write_text(head + BEGIN + "\n".join(lines) + "\n" + END + tail)
-
-
 def main(
     only: Annotated[str, typer.Option(help="only those whose file or description has this in it")] = "",
     jobs: Annotated[int, typer.Option(help="at the same time")] = min(os.cpu_count() or 1, 8),
     write: Annotated[bool, typer.Option(help="put the table into docs/verification.md")] = False,
 ) -> None:
     chosen = [m for m in MUTATIONS if only in f"{m.file} {m.what}"]
-    rows = []
+    found = {}
     with ThreadPoolExecutor(jobs) as pool:
         for mutation, test in zip(chosen, pool.map(caught_by, chosen), strict=True):
-            rows.append((mutation.file, mutation.what, test))
+            found[mutation.place] = test
             print(f"{mutation.file}: {mutation.what}: {test or 'FOUND BY NO TEST'}", flush=True)
-    named = sorted({test for _, _, test in rows if test and "::" in test})
+    named = sorted({test for test in found.values() if test and "::" in test})
     if named and (clean := run_tests(None, named)).returncode != 0:
         raise RuntimeError(f"these tests fail without a mistake, too\n{clean.stdout}")
     if write:
-        write_table({(file, what): test for file, what, test in rows})
-    raise typer.Exit(any(test is None for _, _, test in rows))
+        cells = {place: [f"`{test.removeprefix('tests/')}`" if test else "nothing"] for place, test in found.items()}
+        planted.write(PAGE, MUTATIONS, cells)
+    raise typer.Exit(None in found.values())
 
 
 if __name__ == "__main__":

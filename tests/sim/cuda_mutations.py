@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -25,36 +24,17 @@ import typer
 from cuda_mistakes import MISTAKES
 
 ROOT = build_sim.ROOT
+sys.path.insert(0, str(ROOT / "tests"))
+import planted  # noqa: E402
+from planted import Mutation  # noqa: E402
+
 CUDA = ROOT / "csrc" / "cuda"
 PAGE = ROOT / "docs" / "sim.md"
 LAYERS = [("plain", "forward"), ("plain", "reverse,lazy"), ("asan", "random=2,lazy"), ("tsan", "forward")]
 SECONDS = 1800  # for the tests of one mistake in one layer
 
-
-@dataclass(frozen=True)
-class Mutation:
-    what: str
-    kernels: str  # the .cu file that is compiled with the mistake
-    file: str  # in csrc/cuda/
-    function: str  # text in its first line; `old` stands once between it and the next line that begins with }
-    old: str
-    new: str
-    tests: tuple[str, ...]  # arguments of pytest
-
-    def apply(self, folder: Path) -> None:
-        path = folder / self.file
-        text = path.read_text()
-        begin = text.index(self.function)
-        end = text.index("\n}", begin)
-        function = text[begin:end]
-        if function.count(self.old) != 1:
-            times = function.count(self.old)
-            raise ValueError(f"{self.what}: {self.function} in {self.file} has {times} times {self.old!r}")
-        path.write_text(text[:begin] + function.replace(self.old, self.new) + text[end:])
-
-
 MUTATIONS = [
-    Mutation(what, kernels, file, function, old, new, tests)
+    Mutation(what, file, function, old, new, tests, kernels)
     for (tests, kernels, file, function), mistakes in MISTAKES.items()
     for what, (old, new) in mistakes.items()
 ]
@@ -108,27 +88,6 @@ def caught_by(mutation: Mutation) -> tuple[str, str] | None:
     return None
 
 
-BEGIN, END = "<!-- mutations -->\n", "<!-- end of mutations -->"
-NOT_RUN = "not run yet"
-
-
-def table() -> dict[tuple[str, str], tuple[str, str]]:
-    """Of docs/sim.md: (file, mistake) -> (layer, test or report)."""
-    text = PAGE.read_text().split(BEGIN)[1].split(END)[0]
-    cells = [line.strip("| ").split(" | ") for line in text.splitlines()[2:]]
-    return {(file, what): (layer, "".join(test)) for file, what, layer, *test in cells}
-
-
-def write(found: dict[tuple[str, str], tuple[str, str]]) -> None:
-    """The table with what was found just now; the other lines stay."""
-    lines = ["| file | mistake | layer | test or report |", "| --- | --- | --- | --- |"]
-    known = table() | found
-    for m in MUTATIONS:
-        lines.append(f"| {m.file} | {m.what} | {' | '.join(known.get((m.file, m.what), (NOT_RUN, '')))} |")
-    head, rest = PAGE.read_text().split(BEGIN)
-    PAGE.write_text(head + BEGIN + "\n".join(lines) + "\n" + END + rest.split(END)[1])
-
-
 def main(
     only: Annotated[str, typer.Option(help="only those whose file or description has this in it")] = "",
     missing: Annotated[bool, typer.Option(help="only those that docs/sim.md has no result of")] = False,
@@ -136,8 +95,7 @@ def main(
 ) -> None:
     chosen = [m for m in MUTATIONS if only in f"{m.file} {m.what}"]
     if missing:
-        known = table()
-        chosen = [m for m in chosen if known.get((m.file, m.what), (NOT_RUN,))[0] == NOT_RUN]
+        chosen = planted.not_run(chosen, PAGE)
     missed = 0
     for mutation in chosen:
         found = caught_by(mutation)
@@ -145,8 +103,8 @@ def main(
         layer, test = found or ("nothing", "")
         print(f"{mutation.file}: {mutation.what}: {layer} {test}", flush=True)
         if write_page:
-            test = test.removeprefix("tests/")
-            write({(mutation.file, mutation.what): (layer, test and f"`{test}`")})
+            cells = [layer, f"`{test.removeprefix('tests/')}`"] if found else [layer]
+            planted.write(PAGE, MUTATIONS, {mutation.place: cells})
     raise typer.Exit(missed > 0)
 
 

@@ -28,15 +28,16 @@ sys.path[:0] = [str(ROOT / folder) for folder in ("", "tests", "tests/kernels")]
 
 import cuda_mutations  # noqa: E402
 import mutations as triton_mutations  # noqa: E402
+import planted  # noqa: E402
+from planted import Mutation  # noqa: E402
 from ptx import cuda  # noqa: E402
 from ptx.faults import Fault  # noqa: E402
 from ptx.kernel_tests import check  # noqa: E402
 
 PAGE = ROOT / "docs" / "ptx.md"
 SECONDS = 600  # for a call of the CUDA kernels
-Mutation = triton_mutations.Mutation | cuda_mutations.Mutation
 Call = tuple[str, str, str]  # source, case, dtype: of ptx/test_kernels.py
-MUTATIONS: list[Mutation] = [*triton_mutations.MUTATIONS, *cuda_mutations.MUTATIONS]
+MUTATIONS = [*triton_mutations.MUTATIONS, *cuda_mutations.MUTATIONS]
 
 # File, mistake or both -> the calls that run, in this order.
 CASES = {
@@ -111,8 +112,8 @@ NOT_SEEN = {  # mistake -> why runs of the compiled kernels don't find it
 def calls_of(mutation: Mutation) -> list[Call]:
     names = f"{mutation.file}: {mutation.what}", mutation.what, mutation.file
     cases = next((CASES[name] for name in names if name in CASES), ())
-    if isinstance(mutation, triton_mutations.Mutation):
-        source = "triton sm_90" if mutation.function == "_load" else "triton"
+    if not mutation.kernels:
+        source = "triton sm_90" if mutation.function == "def _load(" else "triton"
         dtype = "float32" if mutation.file in ("norm.py", "philox.py") else "float16"
     else:
         source = "cuda sm_90" if "hopper" in mutation.kernels else "cuda"
@@ -123,9 +124,7 @@ def calls_of(mutation: Mutation) -> list[Call]:
 
 def found_by(mutation: Mutation) -> tuple[Call, str] | None:
     """The first call that fails on it, and its message; None: all pass."""
-    if isinstance(mutation, triton_mutations.Mutation):
-        return _found_by_triton(mutation)
-    return _found_by_cuda(mutation)
+    return _found_by_cuda(mutation) if mutation.kernels else _found_by_triton(mutation)
 
 
 def short(message: str) -> str:
@@ -138,7 +137,7 @@ def _test(call: Call) -> str:
     return f"tests/sim/ptx/test_kernels.py::test_kernels[{'-'.join(call)}]"
 
 
-def _found_by_triton(mutation: triton_mutations.Mutation) -> tuple[Call, str] | None:
+def _found_by_triton(mutation: Mutation) -> tuple[Call, str] | None:
     calls = calls_of(mutation)
     run = triton_mutations.run_tests(mutation, [_test(call) for call in calls], compiled=True)
     failed = re.search(r"^FAILED (.*?\]) - (?:\w+\.)*(\w+): (.*)$", run.stdout, re.MULTILINE)
@@ -150,7 +149,7 @@ def _found_by_triton(mutation: triton_mutations.Mutation) -> tuple[Call, str] | 
     return call, "Triton's compiler refuses it" if failed[2] == "CompilationError" else failed[3]
 
 
-def _found_by_cuda(mutation: cuda_mutations.Mutation) -> tuple[Call, str] | None:
+def _found_by_cuda(mutation: Mutation) -> tuple[Call, str] | None:
     texts: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as directory:
         shutil.copytree(ROOT / "csrc", directory, ignore=shutil.ignore_patterns("cpu"), dirs_exist_ok=True)
@@ -196,26 +195,6 @@ def _at_most(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-BEGIN, END = "<!-- mutations -->\n", "<!-- end of mutations -->"
-HEAD = ["| file | mistake | found in | as |", "| --- | --- | --- | --- |"]
-NOT_RUN = "not run yet"
-
-
-def table() -> dict[tuple[str, str], list[str]]:
-    """Of docs/ptx.md: (file, mistake) -> the other cells."""
-    lines = PAGE.read_text().split(BEGIN)[1].split(END)[0].splitlines()
-    rows = [line.strip("| ").split(" | ") for line in lines[len(HEAD) :]]
-    return {(file, what): rest for file, what, *rest in rows}
-
-
-def write(file: str, what: str, cells: list[str]) -> None:
-    known = table() | {(file, what): cells}
-    rows = [(m.file, m.what, *known.get((m.file, m.what), [NOT_RUN])) for m in MUTATIONS]
-    head, rest = PAGE.read_text().split(BEGIN)
-    lines = [*HEAD, *(f"| {' | '.join(row)} |" for row in rows)]
-    PAGE.write_text(head + BEGIN + "\n".join(lines) + "\n" + END + rest.split(END)[1])
-
-
 def main(
     only: Annotated[str, typer.Option(help="only those whose file or description has this in it")] = "",
     missing: Annotated[bool, typer.Option(help="only those that docs/ptx.md has no result of")] = False,
@@ -223,18 +202,17 @@ def main(
 ) -> None:
     chosen = [m for m in MUTATIONS if only in f"{m.file} {m.what}"]
     if missing:
-        known = table()
-        chosen = [m for m in chosen if known.get((m.file, m.what), [NOT_RUN]) == [NOT_RUN]]
+        chosen = planted.not_run(chosen, PAGE)
     wrong, named = 0, set()
     for mutation in chosen:
         found, reason = found_by(mutation), NOT_SEEN.get(mutation.what)
         wrong += (found is None) == (reason is None)
         cells = [", ".join(found[0]), short(found[1])] if found else ["nothing", reason or "?"]
         print(" | ".join([mutation.file, mutation.what, *cells]), flush=True)
-        if found and isinstance(mutation, triton_mutations.Mutation):
+        if found and not mutation.kernels:
             named.add(_test(found[0]))
         if write_page:
-            write(mutation.file, mutation.what, cells)
+            planted.write(PAGE, MUTATIONS, {mutation.place: cells})
     if named and (clean := triton_mutations.run_tests(None, sorted(named), compiled=True)).returncode != 0:
         raise RuntimeError(f"these tests fail without a mistake, too\n{clean.stdout}")
     raise typer.Exit(wrong > 0)
