@@ -40,6 +40,32 @@ __device__ __forceinline__ float row_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
+// The scores of more keys, in the first or second row of each lane, become probabilities; what was summed before is now
+// against the new largest score, m. l is this lane's share of the row's sum.
+template <class T, int kKeys, int kColumns>
+__device__ __forceinline__ void online_softmax(int half, Accumulator<kKeys>& p, Accumulator<kColumns>& out, float& m,
+                                               float& l) {
+  float largest = -INFINITY;
+#pragma unroll
+  for (int j = 0; j < kKeys / 8; ++j) largest = fmaxf(largest, fmaxf(p[j][2 * half], p[j][2 * half + 1]));
+  largest = fmaxf(m, row_max(largest));
+  const float shift = finite_maximum(largest), rescale = exponential<T>(m - shift);
+  m = largest;
+  l *= rescale;
+#pragma unroll
+  for (int j = 0; j < kKeys / 8; ++j)
+#pragma unroll
+    for (int e = 2 * half; e < 2 * half + 2; ++e) {
+      p[j][e] = exponential<T>(p[j][e] - shift);
+      l += p[j][e];
+    }
+#pragma unroll
+  for (int j = 0; j < kColumns / 8; ++j) {
+    out[j][2 * half] *= rescale;
+    out[j][2 * half + 1] *= rescale;
+  }
+}
+
 // Sums of the warp's rows (from first_row on, of `rows`) that are NaN, taken again without the hidden keys, whose 0 may
 // have met a value that is not finite. A row at a time by the whole warp: it is not often needed.
 template <class T, int kColumns, class P, class R>
@@ -217,25 +243,7 @@ __global__ void __launch_bounds__(ForwardShape<T, kSize>::kThreads, 1) forward_k
     hide(p, seen);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float largest = -INFINITY;
-#pragma unroll
-      for (int j = 0; j < kKeys / 8; ++j) largest = fmaxf(largest, fmaxf(p[j][2 * half], p[j][2 * half + 1]));
-      largest = fmaxf(m[half], row_max(largest));
-      const float shift = finite_maximum(largest), rescale = exponential<T>(m[half] - shift);
-      m[half] = largest;
-      l[half] *= rescale;
-#pragma unroll
-      for (int j = 0; j < kKeys / 8; ++j)
-#pragma unroll
-        for (int e = 2 * half; e < 2 * half + 2; ++e) {
-          p[j][e] = exponential<T>(p[j][e] - shift);
-          l[half] += p[j][e];
-        }
-#pragma unroll
-      for (int j = 0; j < kColumns / 8; ++j) {
-        out[j][2 * half] *= rescale;
-        out[j][2 * half + 1] *= rescale;
-      }
+      online_softmax<T, kKeys, kColumns>(half, p, out, m[half], l[half]);
       if (has_dropout) {
         const Kept* const from = kept_of_blocks + start / 64 % 2 * kRows + 16 * warp() + row_of_element(2 * half);
         const Kept kept = load_shared(from);

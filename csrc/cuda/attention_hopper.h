@@ -163,27 +163,7 @@ __global__ void __launch_bounds__(3 * HopperShape<kSize>::kWarpgroup, 1)
           }
       }
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float largest = -INFINITY;
-#pragma unroll
-        for (int j = 0; j < kKeys / 8; ++j) largest = fmaxf(largest, fmaxf(p[j][2 * half], p[j][2 * half + 1]));
-        largest = fmaxf(m[half], row_max(largest));
-        const float shift = finite_maximum(largest), rescale = exponential<T>(m[half] - shift);
-        m[half] = largest;
-        l[half] *= rescale;
-#pragma unroll
-        for (int j = 0; j < kKeys / 8; ++j)
-#pragma unroll
-          for (int e = 2 * half; e < 2 * half + 2; ++e) {
-            p[j][e] = exponential<T>(p[j][e] - shift);
-            l[half] += p[j][e];
-          }
-#pragma unroll
-        for (int j = 0; j < kSize / 8; ++j) {
-          out[j][2 * half] *= rescale;
-          out[j][2 * half + 1] *= rescale;
-        }
-      }
+      for (int half = 0; half < 2; ++half) online_softmax<T, kKeys, kSize>(half, p, out, m[half], l[half]);
 #pragma unroll
       for (int k = 0; k < kKeys / 16; ++k)
 #pragma unroll

@@ -146,8 +146,6 @@ MISTAKES = {
         "no barrier after a tile has come": (
             "__syncthreads();  // this tile has come, and nobody reads the one before it any more", "",
         ),
-        "the sum keeps its old maximum": ("l[half] *= rescale;", ""),
-        "the output keeps its old maximum": ("out[j][2 * half] *= rescale;", ""),
         "the last key is hidden": ("key >= begin && key < end &&", "key >= begin && key < end - 1 &&"),
         "the parts' log-sum-exps go to one place": (" + part * args.part_stride_lse", ""),
         "a query head reads another key head": (
@@ -156,6 +154,10 @@ MISTAKES = {
         "a block of keys has the dropout of another": (
             "Kept* const from = kept_of_blocks + start / 64 % 2 * kRows", "Kept* const from = kept_of_blocks",
         ),
+    },
+    (ATTENTION_BF16, "attention_bf16.cu", "attention_forward.h", "void online_softmax("): {
+        "the sum keeps its old maximum": ("l *= rescale;", ""),
+        "the output keeps its old maximum": ("out[j][2 * half] *= rescale;", ""),
     },
     (HIDDEN_BF16, "attention_bf16.cu", "attention_forward.h", "void take_again("): {
         "a row that is NaN is not taken again": ("if (!(lanes & 15) || row >= rows) continue;", "continue;"),
@@ -188,7 +190,6 @@ MISTAKES = {
         "the registers of the output are not fenced": ("      ptx::wgmma_fence(out);\n", ""),
         "the second half of a head is the first": ("i / 4 * (Shape::kSquares / 16) + ", ""),
         "both consumers have the same queries": ("memory + consumer * 64 * 128", "memory"),
-        "the output keeps its old maximum": ("out[j][2 * half] *= rescale;", ""),
         "the last key is hidden": ("row + band.highest + 1, end) - start", "row + band.highest, end) - start"),
         "a mask with holes has none": ("      if (masked) {\n", "      if (false) {\n"),
         "the output is written before the queries are read": (
