@@ -326,6 +326,11 @@ class Call:
         return self.arguments["seed"] is not None
 
     @property
+    def has_two_tiles(self) -> bool:
+        """Or more, of a head's columns."""
+        return len(self.arguments["BLOCKS_D"]) > 1 or len(self.arguments["BLOCKS_DV"]) > 1
+
+    @property
     def is_crowded(self) -> bool:
         """Do several of what takes registers beside the tiles come together?"""
         mask = self.arguments["mask"]
@@ -333,7 +338,7 @@ class Call:
             mask is not None and (mask.data.dtype != torch.bool or self.arguments["MASK_PER_QUERY"]),
             self.arguments["groups"] > 1,
             self.has_dropout,
-            len(self.arguments["BLOCKS_D"]) > 1 or len(self.arguments["BLOCKS_DV"]) > 1,
+            self.has_two_tiles,
         )
         return sum(takes_registers) > 1
 
@@ -368,19 +373,21 @@ def reloads(size: int) -> bool:
     return target().startswith("gfx1") and padded_size(size) > 64
 
 
-def widest_tile(size: int, dtype: torch.dtype) -> int:
-    """Columns of a tile at most, for heads of `size` columns."""
+def tile_limits(size: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Columns of a tile at least and at most, for heads of `size` columns; "tf32x3" spills beside one of 16."""
+    least = 32 if dtype == torch.float32 and float32_precision() == "tf32x3" else 16
     if reloads(size):
-        return 32 if dtype == torch.float32 else 64
-    return 256
+        return least, 32 if dtype == torch.float32 else 64
+    return least, 256
 
 
-def head_blocks(size: int, most: int) -> tuple[int, ...]:
-    """Columns of the tiles that hold a head, at most `most`, all but the last one equal: 64 and 16 for 80."""
+def head_blocks(size: int, least: int, most: int) -> tuple[int, ...]:
+    """Columns of the tiles that hold a head, all but the last one equal: 64 and 16 for 80. At least and at most so
+    many, but for a head smaller than that."""
     padded = padded_size(size)
     first = min(padded // 2, most)
     count = triton.cdiv(size, first)
-    last = padded_size(size - (count - 1) * first)
+    last = max(padded_size(size - (count - 1) * first), least)
     return (padded,) if padded <= most and last >= first else (first,) * (count - 1) + (last,)
 
 
@@ -406,7 +413,7 @@ def call_of(
     heads, kv_heads = query.shape[1], key.shape[1]
     far = FAR.value
     widest = max(query.shape[-1], value.shape[-1])
-    most = widest_tile(widest, query.dtype)
+    limits = tile_limits(widest, query.dtype)
     arguments = {
         "query": rows(query),
         "key": rows(key),
@@ -429,8 +436,8 @@ def call_of(
         "dropout_scale": 1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
         "HEAD_SIZE": query.shape[-1],
         "VALUE_SIZE": value.shape[-1],
-        "BLOCKS_D": head_blocks(query.shape[-1], most),
-        "BLOCKS_DV": head_blocks(value.shape[-1], most),
+        "BLOCKS_D": head_blocks(query.shape[-1], *limits),
+        "BLOCKS_DV": head_blocks(value.shape[-1], *limits),
         "RELOADS": reloads(widest),
         "BANDED": is_causal or window_left >= 0 or window_right >= 0,
         "MASK_PER_QUERY": attn_mask is not None and attn_mask.shape[2] > 1 and attn_mask.stride(2) != 0,

@@ -45,9 +45,9 @@ from fastformer.kernels.attention import (
     sequence_rows,
     skip_whole,
     store_rows,
+    tile_limits,
     visible,
     visible_tiles,
-    widest_tile,
     with_aligned_rows,
     zero_rows,
 )
@@ -334,7 +334,8 @@ _KEY_VALUE: _Tiles = {
     "gfx9": {64: [(32, 64, 4), (16, 64, 4)], 128: [(16, 64, 8)], 256: [(16, 32, 4)]},
     "gfx11": {64: [(16, 32, 4)], 128: [(16, 32, 8)], 256: [(16, 32, 8)]},
     "gfx11 dropout": {64: [(16, 32, 4)], 128: [(16, 32, 8)], 256: [(16, 16, 4)]},
-    "float32": {64: [(16, 32, 8)], 128: [(16, 32, 8)], 256: [(16, 16, 8)]},
+    "float32": {64: [(32, 32, 8)], 128: [(16, 32, 8), (16, 16, 8)], 256: [(16, 16, 8)]},
+    "float32 dropout": {64: [(16, 32, 8)], 128: [(16, 32, 8)], 256: [(16, 16, 8)]},
     "float32 crowded": {64: [(16, 16, 4)], 128: [(16, 32, 8)], 256: [(16, 16, 8)]},
     "tf32x3": {64: [(16, 32, 8)], 128: [(16, 16, 8)]},
     "gfx9 float32": {64: [(16, 64, 4), (16, 32, 4)], 128: [(16, 32, 4)], 256: [(16, 16, 4)]},
@@ -352,7 +353,7 @@ _QUERY: _Tiles = {
     "sm_120 crowded": {64: [(64, 32, 4)], 128: [(64, 32, 8)], 256: [(32, 32, 8)]},
     "gfx9": {64: [(64, 64, 4)], 128: [(64, 64, 4)], 256: [(32, 32, 4)]},
     "gfx11": {64: [(64, 16, 4)], 128: [(64, 32, 8), (32, 16, 4)], 256: [(32, 16, 4), (16, 16, 8)]},
-    "float32": {64: [(64, 32, 8), (32, 32, 8)], 128: [(16, 64, 8), (16, 32, 8)], 256: [(16, 16, 8)]},
+    "float32": {64: [(32, 64, 8), (32, 32, 8)], 128: [(32, 32, 8), (16, 32, 8)], 256: [(16, 16, 8)]},
     "float32 dropout": {64: [(32, 64, 8), (16, 64, 8)], 128: [(16, 64, 8), (16, 32, 8)], 256: [(16, 16, 8)]},
     "float32 crowded": {64: [(16, 32, 8)], 128: [(16, 16, 8)], 256: [(16, 16, 8)]},
     "tf32x3": {64: [(32, 16, 8)], 128: [(16, 16, 8)]},
@@ -384,7 +385,8 @@ def _configs(call: Call, table: _Tiles) -> list[Config]:
     exact = call.dtype == torch.float32
     amd = target().startswith("gfx")
     narrow = size == 256 and shared_memory(target()) < 128 * 1024
-    one_stage = (narrow and not exact) or (amd and (exact or kind == "gfx11")) or (several and call.has_dropout)
+    one_stage = (narrow and not exact) or (amd and (exact or kind == "gfx11"))
+    one_stage |= several and (kind == "float32" or call.has_dropout)
     if _is_crowded(call):
         tiles, one_stage = table[kind + " crowded"][size], not exact or size == 256
     return [Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps, 1 if one_stage else 2) for m, n, num_warps in tiles]
@@ -456,11 +458,11 @@ def attention_backward(
     if programs := tiles * call.kv_heads * call.sequences:
         widest = max(call.arguments["HEAD_SIZE"], call.arguments["VALUE_SIZE"])
         alone = call.padded_size <= columns and not call.arguments["RELOADS"]
-        most = most_of_query = widest_tile(widest, call.dtype)
+        limits = limits_of_query = tile_limits(widest, call.dtype)
         of_keys = arguments
         if apart:
-            most_of_query = 16
-            of_keys = arguments | {"BLOCKS_D": head_blocks(call.arguments["HEAD_SIZE"], 16), "HOIST": False}
+            limits_of_query = 16, 16
+            of_keys = arguments | {"BLOCKS_D": head_blocks(call.arguments["HEAD_SIZE"], 16, 16), "HOIST": False}
         for first in range(0, widest, columns):
             part = slice(first, first + columns)
             dk, dv = grad_key[..., part], grad_value[..., part]
@@ -472,8 +474,8 @@ def attention_backward(
                 grad_output_part=None if alone else rows(grad_output[..., part]),
                 PART_SIZE=dk.shape[-1],
                 VALUE_PART_SIZE=dv.shape[-1],
-                BLOCKS_PART=head_blocks(dk.shape[-1], most_of_query),
-                BLOCKS_VALUE_PART=head_blocks(dv.shape[-1], most),
+                BLOCKS_PART=head_blocks(dk.shape[-1], *limits_of_query),
+                BLOCKS_VALUE_PART=head_blocks(dv.shape[-1], *limits),
                 tiles=tiles,
                 kv_heads=call.kv_heads,
                 APART=apart,

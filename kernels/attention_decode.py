@@ -165,8 +165,8 @@ def _configs(call: Call) -> list[Config]:
     if float32 and target().startswith("gfx"):
         return [Config({"BLOCK_N": 16}, num_warps=8, num_stages=2)]
     if float32:
-        two_tiles = len(call.arguments["BLOCKS_D"]) > 1 or len(call.arguments["BLOCKS_DV"]) > 1
-        return [Config({"BLOCK_N": 16 if two_tiles else 32}, 8, 3) if size <= 128 else Config({"BLOCK_N": 16}, 16, 3)]
+        keys = 16 if call.has_two_tiles else 32
+        return [Config({"BLOCK_N": keys}, 8, 3) if size <= 128 else Config({"BLOCK_N": 16}, 16, 3)]
     if target() == "sm_90" and size <= 64:
         return [Config({"BLOCK_N": keys}, num_stages=3) for keys in (128, 32)]
     return [Config({"BLOCK_N": keys}, num_stages=3) for keys in ((64, 32) if size <= 128 else (32, 64))]

@@ -264,7 +264,7 @@ _PLAIN = {
     "float32": {64: [(32, 32, 8, 2), (32, 64, 8, 2)], 128: [(16, 64, 16, 2), (16, 32, 8, 2)], 256: [(16, 32, 16, 2)]},
     "float32 cdna": {64: [(64, 32, 8, 2)], 128: [(32, 32, 4, 2)], 256: [(32, 16, 4, 2)]},
     "float32 rdna": {64: [(16, 16, 8, 2)], 128: [(16, 16, 8, 1)], 256: [(16, 16, 8, 1)]},
-    "tf32x3": {64: [(32, 32, 8, 2)], 128: [(16, 64, 8, 2)]},
+    "tf32x3": {64: [(32, 32, 8, 2)], 128: [(16, 64, 8, 2), (16, 32, 8, 2)]},
 }
 _DROPOUT = {  # its words are drawn for 64 keys at once, or for each key by itself
     "mma": {64: [(64, 64, 8, 2)], 128: [(64, 64, 8, 2)], 256: [(16, 64, 8, 1)]},
@@ -317,8 +317,8 @@ def _configs(call: Call) -> list[Config]:
     table_rows = table[family][size]
     if call.has_dropout and call.arguments["MASK_PER_QUERY"]:
         table_rows = _DROPOUT_AND_MASK.get((family, size), table_rows)
-    if table is _PLAIN and call.arguments["mask"] is not None:
-        table_rows = table_rows[-1:]  # a float mask takes registers
+    if table is _PLAIN and (call.arguments["mask"] is not None or (family == "tf32x3" and call.has_two_tiles)):
+        table_rows = table_rows[-1:]  # for what takes registers, as a float mask
     return [Config({"BLOCK_M": m, "BLOCK_N": n}, warps, stages) for m, n, warps, stages in table_rows]
 
 

@@ -270,7 +270,8 @@ def _candidates(kind: str, dtype: str, rows: str, epilogue: str, persistent: boo
             return _FLOAT_FEW_ROWS
         if dtype == "tf32x3" and kind == "sm_120":
             return [_config(32, 64, 16, 4, 3)]  # larger ones spill there
-        return _FLOAT_AMD if kind.startswith("gfx") else _FLOAT_SMALL if epilogue == "sums" else _FLOAT
+        small = epilogue == "sums" or (dtype == "tf32x3" and epilogue == "gradient")
+        return _FLOAT_AMD if kind.startswith("gfx") else _FLOAT_SMALL if small else _FLOAT
     if rows != "many":
         return _HALF_FEW_ROWS if rows == "few" else _HALF_SOME_ROWS
     if kind.startswith("gfx"):

@@ -154,7 +154,7 @@ class TestTwoTiles:
 
     def test_blocks(self, size, value_size):
         sizes = {20: (32,), 40: (32, 16), 80: (64, 16), 96: (64, 32), 144: (128, 16)}
-        assert (head_blocks(size, 256), head_blocks(value_size, 256)) == (sizes[size], sizes[value_size])
+        assert (head_blocks(size, 16, 256), head_blocks(value_size, 16, 256)) == (sizes[size], sizes[value_size])
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("options", [{}, {"is_causal": True, "dropout_p": 0.2}], ids=str)
@@ -191,7 +191,7 @@ class TestReloads:
     @pytest.mark.parametrize("most", [32, 64])
     def test_blocks(self, size, most):
         """All but the last equal, none too large, none for nothing."""
-        *whole, last = head_blocks(size, most)
+        *whole, last = head_blocks(size, 16, most)
         assert len(set(whole)) <= 1 and last <= most and sum(whole) < size <= sum(whole) + last
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
