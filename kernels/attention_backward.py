@@ -403,7 +403,7 @@ def _hoists(call: Call) -> bool:
     return not (target().startswith("gfx1") or crowded)
 
 
-_APART = Config({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=4, num_stages=1)
+_APART = Config({"BLOCK_M": 16, "BLOCK_N": 32}, num_warps=4, num_stages=1)
 
 
 def _sums_apart(call: Call) -> bool:
