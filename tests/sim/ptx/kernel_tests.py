@@ -206,7 +206,7 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "attention, far apart": far_query,
     "attention, wide": partial(attention, heads=1, queries=72, keys=420, size=128, window_size=(-1, 0)),
     "attention, widest": partial(attention, heads=1, queries=40, keys=140, size=256),
-    "decode": partial(attention, heads=4, queries=1, keys=1000, size=64, kv_heads=2),
+    "decode": lambda dtype: attention(dtype, 4, 1, 1000, 64, kv_heads=2, draws=4 if dtype == F32 else 1),
     "varlen_attn": varlen,
     "linear_cross_entropy": partial(linear_cross_entropy, rows=70, width=96, classes=272),
     "linear_cross_entropy, split": partial(linear_cross_entropy, rows=20, width=32, classes=1100, label_smoothing=0.1),
