@@ -194,8 +194,9 @@ for _name, _function, _count in (
         add(f"{_name}.{_t}", _t, " ".join([_t] * _count), _one)
         add(f"{_name}.{_t}x2", f"{_t}x2", " ".join([f"{_t}x2"] * _count), pairs(_one, _dtype))
 
-add("cvt.f32.f16", "f32", "f16", lambda a: a.astype(np.float32))
-add("cvt.f32.bf16", "f32", "bf16", bf16_to_float)
+for _t, _widened in (("f16", lambda a: a.astype(np.float32)), ("bf16", bf16_to_float)):
+    add(f"cvt.f32.{_t}", "f32", _t, _widened)
+    add(f"sub.rn.f32.{_t}", "f32", f"{_t} f32", lambda a, b, widened=_widened: widened(a) - b)  # on sm_100
 add("cvt.rn.f16.f32", "f16", "f32", float_to_half)
 add("cvt.rn.bf16.f32", "bf16", "f32", float_to_bf16)
 add("cvt.rn.f16x2.f32", "f16x2", "f32 f32", lambda a, b: joined(*(float_to_half(x).view(np.uint16) for x in (b, a))))

@@ -157,6 +157,19 @@ def test_rounding(opcode):
             assert (math.isnan(got) and math.isnan(wanted)) or got == wanted, x
 
 
+OF_TWO_TYPES = ["sub.rn.f32.f16", "sub.rn.f32.bf16"]
+
+
+@pytest.mark.parametrize("opcode", OF_TWO_TYPES)
+def test_of_two_types(opcode):
+    """16 bits less 32 bits, rounded once."""
+    of = opcode.split(".")[-1]
+    a, b = numbers(of), numbers("f32")
+    for got, *x in zip(floats(run(opcode, [a, b]), "f32"), floats(a, of), floats(b, "f32"), strict=True):
+        wanted = evaluate("sub", x, "f32")
+        assert (math.isnan(got) and math.isnan(wanted)) or got == wanted, x
+
+
 def test_fma_ties():
     """Products whose sum with c lies next to the middle of two float32: float64 alone rounds them twice."""
     a = np.full(300, 1 + 2**-12, np.float32)
@@ -404,7 +417,7 @@ class TestConversions:
 
 def test_every_instruction_is_tested():
     families = ("setp.", "cvt.", "min.", "max.", "neg.", "abs.", "selp.", "mov.", "add.f64", "sub.f64", "mul.f64")
-    others = {*F32X2, *EXACT, *APPROXIMATIONS, *FLUSHED, "fma.rm.f32", "copysign.f32"}
+    others = {*F32X2, *EXACT, *OF_TWO_TYPES, *APPROXIMATIONS, *FLUSHED, "fma.rm.f32", "copysign.f32"}
     assert not [opcode for opcode in TABLE if opcode not in others and not opcode.startswith(families)]
 
 
