@@ -326,6 +326,11 @@ class Call:
         return self.arguments["seed"] is not None
 
     @property
+    def has_float_mask(self) -> bool:
+        mask = self.arguments["mask"]
+        return mask is not None and mask.data.dtype != torch.bool
+
+    @property
     def has_two_tiles(self) -> bool:
         """Or more, of a head's columns."""
         return len(self.arguments["BLOCKS_D"]) > 1 or len(self.arguments["BLOCKS_DV"]) > 1
@@ -333,9 +338,8 @@ class Call:
     @property
     def is_crowded(self) -> bool:
         """Do several of what takes registers beside the tiles come together?"""
-        mask = self.arguments["mask"]
         takes_registers = (
-            mask is not None and (mask.data.dtype != torch.bool or self.arguments["MASK_PER_QUERY"]),
+            self.has_float_mask or self.arguments["MASK_PER_QUERY"],
             self.arguments["groups"] > 1,
             self.has_dropout,
             self.has_two_tiles,

@@ -334,9 +334,9 @@ _KEY_VALUE: _Tiles = {
     "gfx9": {64: [(32, 64, 4), (16, 64, 4)], 128: [(16, 64, 8)], 256: [(16, 32, 4)]},
     "gfx11": {64: [(16, 32, 4)], 128: [(16, 32, 8)], 256: [(16, 32, 8)]},
     "gfx11 dropout": {64: [(16, 32, 4)], 128: [(16, 32, 8)], 256: [(16, 16, 4)]},
-    "float32": {64: [(32, 32, 8)], 128: [(16, 32, 8), (16, 16, 8)], 256: [(16, 16, 8)]},
-    "float32 dropout": {64: [(16, 32, 8)], 128: [(16, 32, 8)], 256: [(16, 16, 8)]},
-    "float32 crowded": {64: [(16, 16, 4)], 128: [(16, 32, 8)], 256: [(16, 16, 8)]},
+    "float32": {64: [(16, 32, 8)], 128: [(16, 32, 8), (16, 16, 8)], 256: [(16, 16, 8)]},
+    "float32 crowded": {64: [(16, 32, 4)], 128: [(16, 32, 8)], 256: [(16, 16, 8)]},
+    "float32 crowded dropout": {64: [(16, 16, 4)], 128: [(16, 32, 8)], 256: [(16, 16, 8)]},
     "tf32x3": {64: [(16, 32, 8)], 128: [(16, 16, 8)]},
     "gfx9 float32": {64: [(16, 64, 4), (16, 32, 4)], 128: [(16, 32, 4)], 256: [(16, 16, 4)]},
     "gfx11 float32": {64: [(16, 16, 8)], 128: [(16, 32, 8), (16, 16, 8)], 256: [(16, 16, 8)]},
@@ -378,7 +378,8 @@ def _configs(call: Call, table: _Tiles) -> list[Config]:
         return [Config({"BLOCK_M": 16, "BLOCK_N": 64 if call.has_dropout else 16})]
     kind = _kind(call)
     size = max(call.padded_size, 64)
-    tiles = table.get(kind + " dropout" * call.has_dropout, table[kind])[size]
+    row = kind + " crowded" * _is_crowded(call)
+    tiles = table.get(row + " dropout" * call.has_dropout, table[row])[size]
     several = call.arguments["groups"] > 1 or call.arguments["MASK_PER_QUERY"]
     if several:
         tiles = tiles[-1:]
@@ -386,9 +387,9 @@ def _configs(call: Call, table: _Tiles) -> list[Config]:
     amd = target().startswith("gfx")
     narrow = size == 256 and shared_memory(target()) < 128 * 1024
     one_stage = (narrow and not exact) or (amd and (exact or kind == "gfx11"))
-    one_stage |= several and (kind == "float32" or call.has_dropout)
+    one_stage |= (several and call.has_dropout) or (kind == "float32" and (several or call.has_float_mask))
     if _is_crowded(call):
-        tiles, one_stage = table[kind + " crowded"][size], not exact or size == 256
+        one_stage = not exact or size == 256
     return [Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps, 1 if one_stage else 2) for m, n, num_warps in tiles]
 
 
@@ -430,7 +431,7 @@ def attention_backward(
     """Writes the gradients, which have the shapes of query, key and value."""
     key = {
         **call.key, "dropout": call.has_dropout, "grouped": call.arguments["groups"] > 1,
-        "dense_mask": call.arguments["MASK_PER_QUERY"], "crowded": call.is_crowded,
+        "float_mask": call.has_float_mask, "dense_mask": call.arguments["MASK_PER_QUERY"], "crowded": call.is_crowded,
     }  # fmt: skip
     delta = torch.empty_like(lse)
     call, grad_output = with_aligned_rows(call), aligned_rows(grad_output)

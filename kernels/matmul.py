@@ -255,6 +255,7 @@ _HALF = [_config(128, 128, 64, 8, 3), _config(128, 64, 64, 8, 3), _config(128, 1
 _HALF_WIDE = [_config(128, 256, 64, 8, 3), _config(128, 128, 64, 8, 4)]
 _HALF_AMD = [_config(128, 128, 32, 8, 2), _config(64, 128, 32, 8, 2)]
 _HALF_SOME_ROWS = [_config(64, 64, 64, 4, 3), _config(32, 64, 64, 4, 3)]
+_HALF_ODD = [_config(64, 64, 64, 8, 3), _config(64, 64, 32, 8, 3)]  # read element by element: addresses take registers
 _HALF_FEW_ROWS = [_config(16, 64, 64, 4, 4), _config(16, 128, 64, 4, 4)]
 _FLOAT = [_config(128, 64, 16, 8, 3), _config(64, 64, 16, 8, 3)]
 _FLOAT_SMALL = [_config(64, 64, 16, 8, 3), _config(64, 64, 16, 4, 3)]
@@ -262,7 +263,7 @@ _FLOAT_AMD = [_config(64, 64, 16, 8, 2), _config(32, 64, 16, 4, 2)]
 _FLOAT_FEW_ROWS = [_config(16, 64, 16, 4, 3), _config(16, 64, 32, 8, 3)]
 
 
-def _candidates(kind: str, dtype: str, rows: str, epilogue: str, persistent: bool) -> list[Config]:
+def _candidates(kind: str, dtype: str, rows: str, epilogue: str, persistent: bool, aligned: bool) -> list[Config]:
     if kind == "interpreter":
         return [_config(16 if rows == "few" else 32, 64 if epilogue != "none" else 32, 32, 4, 2)]
     if dtype in ("float32", "tf32x3"):
@@ -270,10 +271,14 @@ def _candidates(kind: str, dtype: str, rows: str, epilogue: str, persistent: boo
             return _FLOAT_FEW_ROWS
         if dtype == "tf32x3" and kind == "sm_120":
             return [_config(32, 64, 16, 4, 3)]  # larger ones spill there
-        small = epilogue == "sums" or (dtype == "tf32x3" and epilogue == "gradient")
+        small = not aligned or epilogue == "sums" or (dtype == "tf32x3" and epilogue == "gradient")
         return _FLOAT_AMD if kind.startswith("gfx") else _FLOAT_SMALL if small else _FLOAT
-    if rows != "many":
-        return _HALF_FEW_ROWS if rows == "few" else _HALF_SOME_ROWS
+    if rows == "few":
+        return _HALF_FEW_ROWS
+    if not aligned:
+        return _HALF_ODD
+    if rows == "some":
+        return _HALF_SOME_ROWS
     if kind.startswith("gfx"):
         return _HALF_AMD
     wide = {"sm_90": ("none", "dropout", "sums"), "sm_100": ("none", "dropout"), "sm_103": ("none", "dropout")}
@@ -297,6 +302,12 @@ def _transposed_for_tma(x: Tensor) -> bool | None:
         if inner == 1 and stride > 0 and stride * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0:
             return transposed
     return None
+
+
+def _is_aligned(x: Tensor) -> bool:
+    """Can 16 bytes of its rows or of its columns be read at once? Triton takes note of multiples of 16."""
+    inner, stride = sorted(x.stride())
+    return inner == 1 and stride % 16 == 0 and x.data_ptr() % 16 == 0
 
 
 def _descriptor(x: Tensor, block: list[int], transposed: bool) -> TensorDescriptor:
@@ -340,7 +351,8 @@ def matmul(
     if sums is not None:
         epilogue = "sums"
     dtype = "tf32x3" if float32_precision() == "tf32x3" and a.element_size() == 4 else str(a.dtype)[len("torch.") :]
-    key = {"dtype": dtype, "rows": rows, "epilogue": epilogue, "persistent": persistent}
+    aligned = persistent or (_is_aligned(a) and _is_aligned(b))
+    key = {"dtype": dtype, "rows": rows, "epilogue": epilogue, "persistent": persistent, "aligned": aligned}
     config = pick("matmul", _candidates(target(), **key), **key)
     BLOCK_M, BLOCK_N, BLOCK_K = (config.tiles[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
     tiles = triton.cdiv(M, BLOCK_M) * max(triton.cdiv(N, BLOCK_N), 1)
