@@ -315,20 +315,19 @@ _HALF = {
     "gfx": [_config(128, 128, 32, 8, 2), _config(64, 128, 64, 4, 2)],
     "other": [_config(128, 128, 32, 8, 3), _config(64, 128, 64, 4, 3)],
 }
+_HALF_ODD = [_config(64, 64, 32, 8, 3)]  # read element by element: addresses take registers
 _FLOAT32 = {"sm_100": [_config(64, 64, 16, 4, 3)], "other": [_config(64, 64, 16, 8, 3), _config(64, 64, 16, 8, 2)]}
 
 
-def _candidates(dtype: torch.dtype) -> list[Config]:
+def _candidates(dtype: torch.dtype, aligned: bool) -> list[Config]:
     kind = configs.target()
     if kind == "interpreter":
         return [_config(16, 32, 32, 4, 2)]
     if dtype == torch.float32:
         return _FLOAT32.get(kind, _FLOAT32["other"])
+    if not aligned:
+        return _HALF_ODD
     return _HALF.get(kind, _HALF["gfx" if kind.startswith("gfx") else "other"])
-
-
-def _pick(kernel: str, dtype: torch.dtype) -> Config:
-    return pick(kernel, _candidates(dtype), dtype=str(dtype))
 
 
 @dataclass
@@ -344,6 +343,14 @@ class _Loss:
     labelled: Tensor  # (N) int32, the first `count` of which count
     count: Tensor  # int32
     total: Tensor  # float32, the weights of the labelled rows
+
+    def pick(self, kernel: str) -> Config:
+        """By whether 16 bytes of each row can be read at once: Triton takes note of multiples of 16."""
+        aligned = all(
+            x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0 for x in (self.x, self.linear_weight)
+        )
+        dtype = self.x.dtype
+        return pick(kernel, _candidates(dtype, aligned), dtype=str(dtype), aligned=aligned)
 
     def launch(self, kernel, grid: tuple[int, int], config: Config, *arguments) -> None:
         """Of _statistics and _gradient_of_logits, which begin and end with the same arguments."""
@@ -375,7 +382,7 @@ def _losses(loss: _Loss) -> tuple[Tensor, Tensor]:
     losses, lse = torch.zeros(N, device=loss.x.device), torch.zeros(2, N, device=loss.x.device)
     if N == 0 or C == 0:
         return losses, lse
-    config = _pick("linear_cross_entropy", loss.x.dtype)
+    config = loss.pick("linear_cross_entropy")
     tiles = 2 if configs.target() == "interpreter" else 8  # of classes for each program
     splits = triton.cdiv(C, tiles * config.tiles["BLOCK_N"])
     partial = torch.empty(5, splits, N, device=loss.x.device)
@@ -406,7 +413,7 @@ def _gradients(
         return grad_input, grad_weight, grad_bias
     dtype = loss.x.dtype
     logits, to_input, to_weight = (
-        _pick(f"linear_cross_entropy {name}", dtype) for name in ("logits", "grad_input", "grad_weight")
+        loss.pick(f"linear_cross_entropy {name}") for name in ("logits", "grad_input", "grad_weight")
     )
     chunk = min(max(CHUNK_BYTES // (C * dtype.itemsize) // 128 * 128, 128), N)
     gradient = torch.empty(chunk, C, dtype=dtype, device=loss.x.device)

@@ -271,7 +271,7 @@ def _candidates(kind: str, dtype: str, rows: str, epilogue: str, persistent: boo
             return _FLOAT_FEW_ROWS
         if dtype == "tf32x3" and kind == "sm_120":
             return [_config(32, 64, 16, 4, 3)]  # larger ones spill there
-        small = not aligned or epilogue == "sums" or (dtype == "tf32x3" and epilogue == "gradient")
+        small = not aligned or epilogue in ("sums", "dropout") or (dtype == "tf32x3" and epilogue == "gradient")
         return _FLOAT_AMD if kind.startswith("gfx") else _FLOAT_SMALL if small else _FLOAT
     if rows == "few":
         return _HALF_FEW_ROWS
