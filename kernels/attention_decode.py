@@ -167,11 +167,12 @@ def _configs(call: Call) -> list[Config]:
     if float32:
         keys = 16 if call.has_two_tiles else 32
         return [Config({"BLOCK_N": keys}, 8, 3) if size <= 128 else Config({"BLOCK_N": 16}, 16, 3)]
-    if target() == "sm_90" and size <= 64:
-        return [Config({"BLOCK_N": keys}, num_stages=3) for keys in ((32,) if call.has_two_tiles else (128, 32))]
-    if size <= 128:
-        return [Config({"BLOCK_N": keys}, num_stages=3) for keys in (64, 32)]
-    return [Config({"BLOCK_N": keys}, num_warps=8, num_stages=3) for keys in (32, 64)]
+    if size > 128:
+        return [Config({"BLOCK_N": keys}, num_warps=8, num_stages=3) for keys in (32, 64)]
+    if call.has_two_tiles:
+        return [Config({"BLOCK_N": 32}, num_stages=3)]
+    most = 128 if size <= 64 and target() == "sm_90" else 64
+    return [Config({"BLOCK_N": keys}, num_stages=3) for keys in (most, 32)]
 
 
 @functools.cache
